@@ -1,0 +1,37 @@
+// c3a._C: what has no tensor in it. Everything else of the package works without this module.
+
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+extern "C" const char* c3a_cpu_capability();
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = C3A_VERSION;
+  info["compiler"] = C3A_COMPILER;
+  info["torch_target"] = C3A_TORCH_TARGET_TEXT;
+  info["cuda"] = py::none();
+#ifdef C3A_CUDA_VERSION
+  py::dict cuda;
+  cuda["version"] = C3A_CUDA_VERSION;
+  cuda["architectures"] = C3A_CUDA_ARCHITECTURES;
+  info["cuda"] = cuda;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Facts of this build and this machine.";
+  m.def(
+      "build_info", &build_info,
+      "Return version, compiler, the oldest torch that the libraries load in, and the CUDA version "
+      "and architectures (None without CUDA).");
+  m.def(
+      "cpu_capability", [] { return c3a_cpu_capability(); },
+      "Return this machine's instruction-set level, for instance 'x86-64-v3'.");
+}

@@ -1,0 +1,91 @@
+// The front end, the same for every device: checks, allocates, folds leading dimensions, and hands
+// contiguous tensors to a back end. A back end is a struct with
+//
+//   static void run(const Problem&, Product, const Tensor& a, const Tensor& b, Tensor& out);
+//   static void backward(const Problem&, const Tensor& g, const Tensor& x, const Tensor& w,
+//                        Tensor& dx, Tensor& dw);
+//
+// that fills `out`. Operands and results may differ in dtype; tokens >= 1.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "problem.h"
+
+namespace c3a {
+
+// With spectra X, G over (tokens, blocks) and W over (m, n), one per frequency bin:
+enum class Product {
+  forward,      // Y  = X W^H    a = x, b = w
+  input_grad,   // dX = G W      a = g, b = w
+  kernel_grad,  // dW = G^H X    a = g, b = x
+};
+
+template <class Backend>
+struct Operators {
+  static Tensor block_circ_conv(Tensor x, Tensor w) {
+    const Problem p = problem_of("block_circ_conv", {"x", x}, w, "n");
+    return over_tokens(p, Product::forward, x, w, p.out_features());
+  }
+
+  static Tensor input_grad(Tensor g, Tensor w) {
+    const Problem p = problem_of("block_circ_conv_input_grad", {"grad_output", g}, w, "m");
+    return over_tokens(p, Product::input_grad, g, w, p.in_features());
+  }
+
+  static Tensor kernel_grad(Tensor g, Tensor x, int64_t b, std::optional<ScalarType> dtype) {
+    const char* op = "block_circ_conv_kernel_grad";
+    const Problem p = problem_of(op, g, x, b);
+    check(
+        is_supported(dtype.value_or(g.scalar_type())), op,
+        "expected dtype to be float64, float32, bfloat16 or float16");
+    if (p.tokens == 0) return torch::stable::new_zeros(g, {p.m, p.n, p.b}, dtype);
+    Tensor dw = torch::stable::new_empty(g, {p.m, p.n, p.b}, dtype);
+    Backend::run(p, Product::kernel_grad, rows(g), rows(x), dw);
+    return dw;
+  }
+
+  static std::tuple<Tensor, Tensor> backward(Tensor g, Tensor x, Tensor w) {
+    const char* op = "block_circ_conv_backward";
+    const Problem p = problem_of(op, {"x", x}, w, "n");
+    problem_of(op, {"grad_output", g}, w, "m");
+    check_same_device(op, {"grad_output", g}, {"x", x});
+    check_same_leading(op, g, x);
+    Tensor dx = torch::stable::new_empty(x, sizes(x, p.in_features()));
+    if (p.tokens == 0) return {dx, torch::stable::new_zeros(w, {p.m, p.n, p.b})};
+    Tensor dw = torch::stable::new_empty(w, {p.m, p.n, p.b});
+    Backend::backward(p, rows(g), rows(x), torch::stable::contiguous(w), dx, dw);
+    return {dx, dw};
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& m) {
+    m.impl("block_circ_conv", TORCH_BOX(&block_circ_conv));
+    m.impl("block_circ_conv_input_grad", TORCH_BOX(&input_grad));
+    m.impl("block_circ_conv_kernel_grad", TORCH_BOX(&kernel_grad));
+    m.impl("block_circ_conv_backward", TORCH_BOX(&backward));
+  }
+
+ private:
+  static std::vector<int64_t> sizes(const Tensor& like, int64_t features) {
+    std::vector<int64_t> s(like.sizes().begin(), like.sizes().end());
+    s.back() = features;
+    return s;
+  }
+
+  static Tensor rows(const Tensor& t) { return torch::stable::contiguous(t); }
+
+  static Tensor over_tokens(
+      const Problem& p, Product product, const Tensor& a, const Tensor& w, int64_t features) {
+    Tensor out = torch::stable::new_empty(a, sizes(a, features));
+    if (p.tokens > 0) Backend::run(p, product, rows(a), torch::stable::contiguous(w), out);
+    return out;
+  }
+};
+
+}  // namespace c3a

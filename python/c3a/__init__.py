@@ -1,0 +1,31 @@
+"""Parameter-efficient fine-tuning by block-circular convolution.
+
+``y = base(x) + scale * block_circ_conv(x, w)``: importing this package loads the operator libraries
+and registers ``torch.ops.c3a.*`` with their Python rules.
+"""
+
+from importlib.metadata import version as _version
+
+from . import _library  # noqa: F401  (loads the operators that the modules below give rules for)
+from .adapter import load_adapter, save_adapter
+from .linear import C3ALinear
+from .ops import block_circ_conv
+from .patch import disabled, merge, patch_model, unmerge, unpatch_model
+from .reference import circulant
+from .summary import summary
+
+__version__ = _version("c3a")
+
+__all__ = [
+    "C3ALinear",
+    "block_circ_conv",
+    "circulant",
+    "disabled",
+    "load_adapter",
+    "merge",
+    "patch_model",
+    "save_adapter",
+    "summary",
+    "unmerge",
+    "unpatch_model",
+]

@@ -1,0 +1,377 @@
+"""The operators' Python rules: shapes of fake tensors, autograd, forward mode, vmap, autocast.
+
+The forward ``F(x, w)``, its input gradient ``I(g, w)`` and its kernel gradient ``K(g, x)`` are
+bilinear, and the derivative of each is made of the other two (DESIGN.md, "Gradients"):
+
+    F: dx = I(g, w)   dw = K(g, x)
+    I: dg = F(h, w)   dw = K(g, h)      for h, the gradient that arrives at I's result
+    K: dg = F(x, v)   dx = I(g, v)      for v, the gradient that arrives at K's result
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+_OPS = torch.ops.c3a
+_LIBRARY = torch.library.Library("c3a", "FRAGMENT")
+_SUPPORTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def block_circ_conv(x: Tensor, w: Tensor) -> Tensor:
+    """Multiply every token by a block-circulant matrix.
+
+    Equivalent to ``x @ c3a.circulant(w).T``, in ``O(b log b)`` per pair of blocks by real FFTs:
+    ``y_i = sum_j C(w_ij) x_j`` with ``C(w)[u, t] = w[(t - u) % b]``.
+
+    Args:
+        x: activations of shape ``(..., n*b)``: float64, float32, bfloat16 or float16.
+        w: kernel of shape ``(m, n, b)``, any of these dtypes, on the same device.
+
+    Returns:
+        ``y`` of shape ``(..., m*b)``, contiguous, in ``x``'s dtype. Sums run in float32 (float64 if
+        an operand is float64) and are rounded once.
+
+    Raises:
+        RuntimeError: a shape, dtype or device breaks a rule; the message names rule and values.
+
+    Differentiable any number of times in both arguments, in reverse and forward mode; works under
+    ``torch.vmap``, ``torch.compile`` and autocast (inputs are taken as they are, and the result has
+    autocast's dtype). Saves ``x`` only if ``w`` needs a gradient, ``w`` only if ``x`` does.
+
+    Source: C3A (arXiv:2407.19342), sections 3.2 to 3.4. The input gradient is the transpose, where
+    the paper's section 3.3 has it wrong.
+
+    >>> w = torch.tensor([[[1.0, 2.0, 3.0]]])
+    >>> block_circ_conv(torch.tensor([1.0, 0.0, 0.0]), w)
+    tensor([1., 3., 2.])
+    """
+    return _OPS.block_circ_conv(x, w)
+
+
+# Shape rules for fake tensors. cpp/problem.h states the same for real ones, in the same words.
+
+
+def _check(op: str, holds, message) -> None:
+    torch._check(holds, lambda: f"c3a.{op}: {message()}")
+
+
+def _shape(t: Tensor) -> str:
+    sizes = ", ".join(str(size) for size in t.shape)
+    return f"({sizes},)" if t.dim() == 1 else f"({sizes})"
+
+
+def _check_floating(op: str, name: str, t: Tensor) -> None:
+    expected = "float64, float32, bfloat16 or float16"
+    got = str(t.dtype).removeprefix("torch.")
+    _check(op, t.dtype in _SUPPORTED, lambda: f"expected {name} to be {expected}, got {got}")
+
+
+def _check_same_device(op: str, a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
+    _check(
+        op,
+        a.device == b.device,
+        lambda: f"expected {a_name} and {b_name} on one device, got {_device(a)} and {_device(b)}",
+    )
+
+
+def _device(t: Tensor) -> str:
+    return str(t.device)
+
+
+def _check_tokens(op: str, name: str, t: Tensor) -> None:
+    _check(op, t.dim() >= 1, lambda: f"expected {name} to have at least 1 dimension, got shape ()")
+
+
+def _check_kernel(op: str, w: Tensor) -> None:
+    _check_floating(op, "w", w)
+    right = w.dim() == 3 and all(size >= 1 for size in w.shape)
+    expected = "a kernel w of shape (m, n, b) with m, n, b >= 1"
+    _check(op, right, lambda: f"expected {expected}, got {_shape(w)}")
+
+
+def _check_same_leading(op: str, g: Tensor, x: Tensor) -> None:
+    same = g.dim() == x.dim() and all(
+        p == q for p, q in zip(g.shape[:-1], x.shape[:-1], strict=True)
+    )
+    rule = "grad_output and x to have the same leading dimensions"
+    _check(op, same, lambda: f"expected {rule}, got {_shape(g)} and {_shape(x)}")
+
+
+def _check_operands(op: str, name: str, a: Tensor, w: Tensor, blocks: str) -> None:
+    """One tensor of activations and a kernel; ``blocks`` is ``"n"`` or ``"m"``."""
+    _check_floating(op, name, a)
+    _check_kernel(op, w)
+    _check_same_device(op, name, a, "w", w)
+    _check_tokens(op, name, a)
+    features = w.shape["mn".index(blocks)] * w.shape[2]
+    _check(
+        op,
+        a.shape[-1] == features,
+        lambda: (
+            f"expected {name}.size(-1) == {blocks} * b = {features} for a kernel of shape "
+            f"{_shape(w)}, got {a.shape[-1]}"
+        ),
+    )
+
+
+def _fake_forward(x: Tensor, w: Tensor) -> Tensor:
+    _check_operands("block_circ_conv", "x", x, w, "n")
+    return x.new_empty((*x.shape[:-1], w.shape[0] * w.shape[2]))
+
+
+def _fake_input_grad(g: Tensor, w: Tensor) -> Tensor:
+    _check_operands("block_circ_conv_input_grad", "grad_output", g, w, "m")
+    return g.new_empty((*g.shape[:-1], w.shape[1] * w.shape[2]))
+
+
+def _fake_kernel_grad(
+    g: Tensor, x: Tensor, block_size: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    op = "block_circ_conv_kernel_grad"
+    _check_floating(op, "grad_output", g)
+    _check_floating(op, "x", x)
+    _check_same_device(op, "grad_output", g, "x", x)
+    _check(op, block_size >= 1, lambda: f"expected block_size >= 1, got {block_size}")
+    _check_tokens(op, "grad_output", g)
+    _check_tokens(op, "x", x)
+    _check_same_leading(op, g, x)
+    for name, a in (("grad_output", g), ("x", x)):
+        features = a.shape[-1]
+        rule = f"{name}.size(-1) to be a positive multiple of block_size = {block_size}"
+        right = features >= block_size and features % block_size == 0
+        _check(op, right, lambda rule=rule, got=features: f"expected {rule}, got {got}")
+    dtype = dtype or g.dtype
+    expected = "float64, float32, bfloat16 or float16"
+    _check(op, dtype in _SUPPORTED, lambda: f"expected dtype to be {expected}")
+    shape = (g.shape[-1] // block_size, x.shape[-1] // block_size, block_size)
+    return g.new_empty(shape, dtype=dtype)
+
+
+def _fake_backward(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    op = "block_circ_conv_backward"
+    _check_operands(op, "x", x, w, "n")
+    _check_operands(op, "grad_output", g, w, "m")
+    _check_same_device(op, "grad_output", g, "x", x)
+    _check_same_leading(op, g, x)
+    return x.new_empty(x.shape), w.new_empty(w.shape)
+
+
+# Derivatives: (wanted, gradient of the result, a, b, block size, dtypes of a and b) -> (da, db), with
+# None for what is not wanted. An operand that no wanted gradient needs is not saved and comes as None.
+
+
+def _vjp_forward(wanted, h, x, w, block_size, dtypes):
+    if all(wanted):
+        return _OPS.block_circ_conv_backward(h, x, w)
+    if wanted[0]:
+        return _OPS.block_circ_conv_input_grad(h, w), None
+    return None, _OPS.block_circ_conv_kernel_grad(h, x, block_size, dtypes[1])
+
+
+def _vjp_input_grad(wanted, h, g, w, block_size, dtypes):
+    dg = _OPS.block_circ_conv(h, w) if wanted[0] else None
+    dw = _OPS.block_circ_conv_kernel_grad(g, h, block_size, dtypes[1]) if wanted[1] else None
+    return dg, dw
+
+
+def _vjp_kernel_grad(wanted, v, g, x, block_size, dtypes):
+    dg = _OPS.block_circ_conv(x, v).to(dtypes[0]) if wanted[0] else None
+    dx = _OPS.block_circ_conv_input_grad(g, v).to(dtypes[1]) if wanted[1] else None
+    return dg, dx
+
+
+class _Call(NamedTuple):
+    """How the dispatcher called an Autograd kernel, beside the operator's own arguments."""
+
+    keyset: torch._C.DispatchKeySet
+    is_dual: bool
+    grad_mode: bool
+
+
+def _redispatch(op, keyset, args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _needs_graph(*args) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def _autograd_rule(op, vjp):
+    """Return the Autograd kernel of a bilinear operator ``op(a, b, *constants)``.
+
+    The dispatcher calls it at one level of ``torch.func``'s transforms at a time, which is what a
+    single-level function records; the public ``Function`` would start over at the top level.
+    """
+
+    class Rule(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, call, a, b, *constants):
+            needs_a, needs_b = ctx.needs_input_grad[1:3]
+            ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
+            ctx.block_size = constants[0] if constants else b.shape[-1]
+            ctx.dtypes = a.dtype, b.dtype
+            if call.is_dual:
+                ctx.save_for_forward(a, b)
+                ctx.constants = constants
+                ctx.set_materialize_grads(False)
+            # A function's forward runs with both modes off; outer levels of torch.func need them.
+            with torch.set_grad_enabled(call.grad_mode), forward_ad._set_fwd_grad_enabled(True):
+                return _redispatch(op, call.keyset, (a, b, *constants))
+
+        @staticmethod
+        def backward(ctx, h):
+            wanted = ctx.needs_input_grad[1:3]
+            # A backward pass may run within an autocast region; gradients keep their dtypes.
+            with torch.autocast(h.device.type, enabled=False):
+                da, db = vjp(wanted, h, *ctx.saved_tensors, ctx.block_size, ctx.dtypes)
+            return (None, da, db, *(None for _ in ctx.needs_input_grad[3:]))
+
+        @staticmethod
+        def jvp(ctx, _call, a_dot, b_dot, *_constants):
+            a, b = ctx.saved_tensors
+            from_a = None if a_dot is None else op(a_dot, b, *ctx.constants)
+            from_b = None if b_dot is None else op(a, b_dot, *ctx.constants)
+            if from_a is None or from_b is None:
+                return from_b if from_a is None else from_a
+            return from_a + from_b
+
+    def kernel(keyset, a, b, *constants):
+        is_dual = _has_tangent(a, b)
+        if is_dual or _needs_graph(a, b):
+            call = _Call(keyset, is_dual, torch.is_grad_enabled())
+            with enable_single_level_autograd_function():
+                return Rule.apply(call, a, b, *constants)
+        return _redispatch(op, keyset, (a, b, *constants))
+
+    return kernel
+
+
+def _backward_autograd_rule(keyset, g, x, w):
+    """The pair shares one transform of ``g``; where a graph is wanted, it is its two halves."""
+    if _needs_graph(g, x, w) or _has_tangent(g, x, w):
+        return _backward_by_halves(g, x, w)
+    return _redispatch(_OPS.block_circ_conv_backward.default, keyset, (g, x, w))
+
+
+def _backward_by_halves(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    dx = _OPS.block_circ_conv_input_grad(g, w).to(x.dtype)
+    return dx, _OPS.block_circ_conv_kernel_grad(g, x, w.shape[-1], w.dtype)
+
+
+# vmap. A batch of one operand folds into the sizes that the other does not share: activations into
+# tokens or block rows, kernels into m or n. Batches of both run one by one.
+
+
+def _vmap_rule(op, fold_first, fold_second):
+    """Return the vmap rule of ``op(a, b, *constants)``.
+
+    ``fold_first(a, b, size, *constants)`` runs with ``a`` alone batched, along dimension 0, and
+    returns the result with the dimension of its batch; ``fold_second`` likewise for ``b``.
+    """
+
+    def rule(info, in_dims, a, b, *constants):
+        a_dim, b_dim = in_dims[:2]
+        if b_dim is None:
+            return fold_first(a.movedim(a_dim, 0), b, info.batch_size, *constants)
+        if a_dim is None:
+            return fold_second(a, b.movedim(b_dim, 0), info.batch_size, *constants)
+        pairs = zip(a.unbind(a_dim), b.unbind(b_dim), strict=True)
+        return torch.stack([op(p, q, *constants) for p, q in pairs]), 0
+
+    return rule
+
+
+def _fold_forward_kernels(x, w, size):
+    y = _OPS.block_circ_conv(x, w.flatten(0, 1))
+    return y.unflatten(-1, (size, -1)), y.dim() - 1
+
+
+def _fold_input_grad_kernels(g, w, size):
+    dx = _OPS.block_circ_conv_input_grad(g, w.movedim(0, 1).flatten(1, 2))
+    return dx.unflatten(-1, (size, -1)), dx.dim() - 1
+
+
+def _fold_kernel_grad_outputs(g, x, size, *constants):
+    dw = _OPS.block_circ_conv_kernel_grad(g.movedim(0, -2).flatten(-2), x, *constants)
+    return dw.unflatten(0, (size, -1)), 0
+
+
+def _fold_kernel_grad_inputs(g, x, size, *constants):
+    dw = _OPS.block_circ_conv_kernel_grad(g, x.movedim(0, -2).flatten(-2), *constants)
+    return dw.unflatten(1, (size, -1)), 1
+
+
+def _backward_vmap_rule(info, in_dims, g, x, w):
+    halves = torch.vmap(_backward_by_halves, in_dims, (0, 0))
+    return halves(g, x, w), (0, 0)
+
+
+def _autocast_rule(device_type: str):
+    """Take the inputs as they are (no copy to save), give the result autocast's dtype."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+
+    def kernel(x, w):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            y = _OPS.block_circ_conv(x, w)
+            return y if y.dtype == torch.float64 else y.to(torch.get_autocast_dtype(device_type))
+
+    return kernel
+
+
+def _tokens_fold(op):
+    return lambda a, w, size: (op(a, w), 0)
+
+
+def _register() -> None:
+    forward = _OPS.block_circ_conv.default
+    input_grad = _OPS.block_circ_conv_input_grad.default
+    kernel_grad = _OPS.block_circ_conv_kernel_grad.default
+    rules = [
+        (
+            forward,
+            _fake_forward,
+            _autograd_rule(forward, _vjp_forward),
+            _vmap_rule(forward, _tokens_fold(forward), _fold_forward_kernels),
+        ),
+        (
+            input_grad,
+            _fake_input_grad,
+            _autograd_rule(input_grad, _vjp_input_grad),
+            _vmap_rule(input_grad, _tokens_fold(input_grad), _fold_input_grad_kernels),
+        ),
+        (
+            kernel_grad,
+            _fake_kernel_grad,
+            _autograd_rule(kernel_grad, _vjp_kernel_grad),
+            _vmap_rule(kernel_grad, _fold_kernel_grad_outputs, _fold_kernel_grad_inputs),
+        ),
+        (
+            _OPS.block_circ_conv_backward.default,
+            _fake_backward,
+            _backward_autograd_rule,
+            _backward_vmap_rule,
+        ),
+    ]
+    for op, fake, autograd, vmap in rules:
+        name = op.name().split("::")[1]
+        torch.library.register_fake(op.name(), fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+        torch.library.register_vmap(op.name(), vmap, lib=_LIBRARY)
+    # The gradients have no autocast rule: they fall through and keep the dtypes they are given.
+    for device_type in ("cpu", "cuda"):
+        key = f"Autocast{device_type.upper()}"
+        _LIBRARY.impl("block_circ_conv", _autocast_rule(device_type), key)
+
+
+_register()
