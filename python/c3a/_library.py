@@ -1,10 +1,16 @@
-"""Loads the operator libraries: the CPU's, which defines the schemas, then the CUDA one if it fits."""
+"""Loads the operator libraries: the CPU's, which defines the schemas, then CUDA's if it fits."""
 
+import sys
 from pathlib import Path
 
 import torch
 
-_HERE = Path(__file__).parent
+# One folder, or two where an editable install keeps what is built apart from the sources.
+_FOLDERS = [Path(folder) for folder in sys.modules[__package__].__path__]
+
+
+def _libraries(pattern: str) -> list[Path]:
+    return sorted(library for folder in _FOLDERS for library in folder.glob(pattern))
 
 
 def cuda_library() -> tuple[Path | None, str]:
@@ -12,14 +18,21 @@ def cuda_library() -> tuple[Path | None, str]:
     if torch.version.cuda is None:
         return None, "this torch is built without CUDA"
     major = torch.version.cuda.split(".")[0]
-    library = _HERE / f"libc3a_cuda{major}.so"
-    if library.exists():
-        return library, f"built for CUDA {major}, as this torch"
-    built = sorted(p.stem.removeprefix("libc3a_cuda") for p in _HERE.glob("libc3a_cuda*.so"))
+    if fitting := _libraries(f"libc3a_cuda{major}.so"):
+        return fitting[0], f"built for CUDA {major}, as this torch"
+    built = [path.stem.removeprefix("libc3a_cuda") for path in _libraries("libc3a_cuda*.so")]
     has = f"has CUDA {', '.join(built)} only" if built else "is built without CUDA"
     return None, f"this torch has CUDA {major}, this build of c3a {has}"
 
 
-torch.ops.load_library(_HERE / "libc3a_cpu.so")
-if (_cuda := cuda_library()[0]) is not None:
-    torch.ops.load_library(_cuda)
+def _load() -> None:
+    found = _libraries("libc3a_cpu.so")
+    if not found:
+        folders = ", ".join(map(str, _FOLDERS))
+        raise ImportError(f"c3a: libc3a_cpu.so is not in {folders}; install c3a with pip")
+    torch.ops.load_library(found[0])
+    if (cuda := cuda_library()[0]) is not None:
+        torch.ops.load_library(cuda)
+
+
+_load()

@@ -1,0 +1,278 @@
+"""C3ALinear: a frozen layer plus a block-circulant adapter."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import block_circ_conv
+from .reference import circulant
+
+INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "gaussian")
+
+
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """Return ``(in_features, out_features)`` of a linear layer, or None for any other module.
+
+    ``nn.Linear`` and everything that copies its two attributes (quantised layers, ``C3ALinear``),
+    and ``transformers.pytorch_utils.Conv1D`` with its ``nx`` and ``nf``.
+    """
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        sizes = tuple(getattr(layer, name, None) for name in names)
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            return sizes
+    return None
+
+
+def common_divisors(in_features: int, out_features: int) -> list[int]:
+    """Return the block sizes that fit without padding, ascending."""
+    gcd = math.gcd(in_features, out_features)
+    return [b for b in range(1, gcd + 1) if gcd % b == 0]
+
+
+def check_block_size(block_size: int, in_features: int, out_features: int, pad: bool) -> None:
+    """Raise ValueError, with the sizes that would do, unless ``block_size`` fits the layer."""
+    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+        raise ValueError(f"expected block_size to be an integer >= 1, got {block_size!r}")
+    if not pad and (in_features % block_size or out_features % block_size):
+        fits = ", ".join(str(b) for b in common_divisors(in_features, out_features))
+        raise ValueError(
+            f"block_size {block_size} does not divide in_features = {in_features} and out_features "
+            f"= {out_features}; these do: {fits} (or pass pad=True)"
+        )
+
+
+class C3ALinear(nn.Module):
+    """A frozen layer plus a trainable block-circulant matrix.
+
+    ``y = base_layer(x) + scale * c3a.block_circ_conv(x, c3a_kernel)``, with
+    ``m * n * block_size`` parameters, about ``in * out / block_size``.
+
+    Args:
+        base_layer: any layer with ``in_features`` and ``out_features`` (or ``Conv1D`` of
+            transformers); only its forward is used, so it may be quantised. Its parameters are
+            frozen.
+        block_size: ``b``, a common divisor of both sizes unless ``pad``.
+        scale: factor of the adapter; default ``1 / in_features``, with which learning rates of
+            0.1 to 1 work.
+        init: ``"zeros"`` (the layer starts equal to its base), ``"xavier_uniform"`` (bound
+            ``sqrt(6 / (in + out))``), ``"kaiming_uniform"`` (bound ``sqrt(1 / in)``) or
+            ``"gaussian"`` (standard normal).
+        dtype: the kernel's dtype; inputs may have another.
+        pad: accept a block size that does not divide: the input is padded with zeros, the output
+            cut. Costs a padded copy of the input, and the PEFT library cannot load the adapter.
+
+    Attributes:
+        c3a_kernel: parameter of shape ``(m, n, block_size)``.
+        enabled: assign False to compute the base layer alone, merged or not.
+        merged: whether the base layer's weight holds the adapter now.
+
+    Saves for the backward nothing but its input, which the base layer has in hand anyway, and the
+    kernel.
+
+    Raises:
+        TypeError: ``base_layer`` has no in and out features, or ``dtype`` is not floating-point.
+        ValueError: the block size does not fit, or ``scale`` or ``init`` is out of range.
+
+    Source: C3A (arXiv:2407.19342), section 3.4. ``scale`` is the PEFT library's.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        block_size: int,
+        *,
+        scale: float | None = None,
+        init: str = "zeros",
+        dtype: torch.dtype = torch.float32,
+        pad: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = features(base_layer)
+        if sizes is None:
+            raise TypeError(
+                "c3a.C3ALinear: expected a layer with in_features and out_features, got "
+                f"{type(base_layer).__name__}"
+            )
+        if not dtype.is_floating_point:
+            raise TypeError(f"c3a.C3ALinear: expected a floating-point dtype, got {dtype}")
+        self.in_features, self.out_features = sizes
+        try:
+            check_block_size(block_size, *sizes, pad)
+        except ValueError as error:
+            raise ValueError(f"c3a.C3ALinear: {error}") from None
+        if init not in INITS:
+            raise ValueError(f"c3a.C3ALinear: expected init to be one of {INITS}, got {init!r}")
+        scale = 1 / self.in_features if scale is None else float(scale)
+        if not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"c3a.C3ALinear: expected a finite scale other than 0, got {scale}")
+
+        self.base_layer = base_layer
+        self.block_size = block_size
+        self.scale = scale
+        self.init = init
+        shape = (-(-self.out_features // block_size), -(-self.in_features // block_size))
+        device = next((t.device for t in [*base_layer.parameters(), *base_layer.buffers()]), None)
+        self.c3a_kernel = nn.Parameter(torch.empty(*shape, block_size, dtype=dtype, device=device))
+        self._pad = (
+            shape[1] * block_size - self.in_features,
+            shape[0] * block_size - self.out_features,
+        )
+        self._enabled = True
+        # While merged, the one weight that the base layer does not use now: the original if
+        # enabled, else the merged one. In a list, lest nn.Module registers it.
+        self._set_aside: list[nn.Parameter] = []
+        base_layer.requires_grad_(False)
+        self.reset_parameters()
+        self.train(base_layer.training)
+        self.register_state_dict_post_hook(_state_dict_unmerged)
+        self.register_load_state_dict_pre_hook(_unmerge_to_load)
+        self.register_load_state_dict_post_hook(_merge_after_load)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the kernel with the initial values that ``init`` names."""
+        bound = {
+            "xavier_uniform": math.sqrt(6 / (self.in_features + self.out_features)),
+            "kaiming_uniform": math.sqrt(1 / self.in_features),
+        }
+        if self.init == "zeros":
+            self.c3a_kernel.zero_()
+        elif self.init == "gaussian":
+            self.c3a_kernel.normal_()
+        else:
+            self.c3a_kernel.uniform_(-bound[self.init], bound[self.init])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in_features)`` to ``(..., out_features)``, in the base layer's own dtype."""
+        y = self.base_layer(x)
+        if self.merged or not self.enabled:
+            return y
+        more_in, more_out = self._pad
+        delta = block_circ_conv(F.pad(x, (0, more_in)) if more_in else x, self.c3a_kernel)
+        if more_out:
+            delta = delta[..., : self.out_features]
+        return torch.add(y, delta.to(y.dtype), alpha=self.scale)
+
+    # Code outside that reads a layer's weight for its dtype or device finds the base layer's.
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base_layer, "bias", None)
+
+    def delta_weight(self) -> Tensor:
+        """Return ``scale * circulant(c3a_kernel)``, ``(out_features, in_features)``, >= float32."""
+        kernel = self.c3a_kernel.to(torch.promote_types(self.c3a_kernel.dtype, torch.float32))
+        return circulant(kernel)[: self.out_features, : self.in_features] * self.scale
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._set_aside)
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if self.merged and bool(value) != self._enabled:
+            self._swap_weights()
+        self._enabled = bool(value)
+
+    def check_mergeable(self) -> None:
+        """Raise TypeError unless the base layer has a dense floating-point weight of its size."""
+        weight = getattr(self.base_layer, "weight", None)
+        expected = (self.out_features, self.in_features)
+        if self._is_conv1d:
+            expected = expected[::-1]
+        if isinstance(self.base_layer, C3ALinear):
+            raise TypeError(
+                "c3a: cannot merge into another adapter; merge and unwrap that one first"
+            )
+        if (
+            not isinstance(weight, nn.Parameter)
+            or not weight.dtype.is_floating_point
+            or tuple(weight.shape) != expected
+        ):
+            got = (
+                f"{weight.dtype} of shape {tuple(weight.shape)}"
+                if isinstance(weight, Tensor)
+                else type(weight).__name__
+            )
+            raise TypeError(
+                f"c3a: cannot merge into a {type(self.base_layer).__name__}: expected a "
+                f"floating-point weight of shape {expected}, got {got}"
+            )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter to the base layer's weight: no cost at inference. Idempotent.
+
+        The sum is computed in float32 at least and rounded once. The original weight is kept (its
+        memory too) for ``unmerge``. A weight that other layers share stays as it is for them.
+        """
+        if self.merged:
+            return
+        self.check_mergeable()
+        original = self.base_layer.weight
+        delta = self.delta_weight().to(original.device)
+        delta = delta.T if self._is_conv1d else delta
+        total = delta.to(torch.promote_types(delta.dtype, original.dtype)).add_(original)
+        merged = torch.empty_like(original).copy_(total)
+        self._set_aside = [nn.Parameter(merged, requires_grad=False)]
+        if self.enabled:
+            self._swap_weights()
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit. Idempotent."""
+        if not self.merged:
+            return
+        if self.enabled:
+            self._swap_weights()
+        self._set_aside = []
+
+    @property
+    def _is_conv1d(self) -> bool:
+        return not hasattr(self.base_layer, "in_features")  # weight is (in, out) there
+
+    def _swap_weights(self) -> None:
+        self.base_layer.weight, self._set_aside[0] = self._set_aside[0], self.base_layer.weight
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            self._set_aside = [
+                nn.Parameter(fn(weight), requires_grad=False) for weight in self._set_aside
+            ]
+        return self
+
+    def extra_repr(self) -> str:
+        state = ", merged" if self.merged else ""
+        state += "" if self.enabled else ", disabled"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"block_size={self.block_size}, scale={self.scale:.3g}, "
+            f"parameters={self.c3a_kernel.numel()}{state}"
+        )
+
+
+# A state dict always holds the original weight and the kernel, whether merged or not.
+
+
+def _state_dict_unmerged(layer: C3ALinear, state_dict: dict, prefix: str, _metadata) -> None:
+    if layer.merged and layer.enabled:
+        state_dict[f"{prefix}base_layer.weight"] = layer._set_aside[0].detach()
+
+
+def _unmerge_to_load(layer: C3ALinear, *_) -> None:
+    layer._merge_after_load = layer.merged
+    layer.unmerge()
+
+
+def _merge_after_load(layer: C3ALinear, _incompatible_keys) -> None:
+    if layer.__dict__.pop("_merge_after_load", False):
+        layer.merge()

@@ -160,8 +160,9 @@ def _fake_backward(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), w.new_empty(w.shape)
 
 
-# Derivatives: (wanted, gradient of the result, a, b, block size, dtypes of a and b) -> (da, db), with
-# None for what is not wanted. An operand that no wanted gradient needs is not saved and comes as None.
+# Derivatives: (wanted, gradient of the result, a, b, block size, dtypes of a and b) -> (da, db),
+# with None for what is not wanted. An operand that no wanted gradient needs is not saved: it comes
+# as None.
 
 
 def _vjp_forward(wanted, h, x, w, block_size, dtypes):

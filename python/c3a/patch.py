@@ -1,0 +1,395 @@
+"""Patching a whole model in place: choosing layers and block sizes, wrapping, and undoing it."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .linear import C3ALinear, check_block_size, common_divisors, features
+
+Targets = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
+BlockSize = int | str | Mapping[str, int]
+
+
+@dataclass
+class _Record:
+    """What a patch leaves on the model, as ``model._c3a_record``."""
+
+    modules_to_save: tuple[str, ...]
+    trainable_before: frozenset[str]
+
+
+def adapted_layers(model: nn.Module) -> dict[str, C3ALinear]:
+    """Return the adapted layers of a model by name, the outermost of nested ones."""
+    found: dict[str, C3ALinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, C3ALinear) and not any(name.startswith(f"{n}.") for n in found):
+            found[name] = module
+    return found
+
+
+def modules_to_save(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that ``patch_model`` left trainable."""
+    record = getattr(model, "_c3a_record", None)
+    return record.modules_to_save if record else ()
+
+
+def matches(targets: str | Iterable[str], name: str) -> bool:
+    """Tell whether a module is meant, by the rules of adapter configurations.
+
+    A string is a regular expression for the whole name; otherwise each entry is a name or the end
+    of one, at a dot.
+    """
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def block_size_from_pattern(pattern: Mapping[str, int], name: str) -> int | None:
+    """Return the block size that a mapping gives a module, or None.
+
+    A key is a module's whole name, or a regular expression for the end of it, at a dot.
+    """
+    for key, block_size in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return block_size
+    return pattern.get(name)
+
+
+def auto_block_size(in_features: int, out_features: int, rank: int) -> int:
+    """Return the common divisor nearest to ``sqrt(in * out) / rank``, by ratio; ties go up.
+
+    The rule of the PEFT library's page on C3A, ``rank`` being the LoRA rank one would use.
+    """
+    goal = math.sqrt(in_features * out_features) / rank
+    return min(
+        common_divisors(in_features, out_features), key=lambda b: (abs(math.log(b / goal)), -b)
+    )
+
+
+def patch_model(
+    model: nn.Module,
+    target_modules: Targets,
+    block_size: BlockSize,
+    *,
+    rank: int = 8,
+    scale: float | None = None,
+    init: str = "zeros",
+    dtype: torch.dtype = torch.float32,
+    modules_to_save: Iterable[str] = (),
+    pad: bool = False,
+) -> nn.Module:
+    """Wrap the chosen layers of a model in ``C3ALinear``, in place, and freeze the rest.
+
+    Args:
+        model: any ``nn.Module`` that holds linear layers.
+        target_modules: what to wrap. A list of names, each whole or the end of one
+            (``["query", "value"]``); a regular expression for whole names, as a string or compiled;
+            a predicate ``(name, module) -> bool``; or ``"all-linear"``, every linear layer but the
+            output embeddings and ``modules_to_save``.
+        block_size: one number; a mapping from name or regular expression for the end of a name to
+            numbers; or ``"auto"``, the common divisor of both sizes nearest to
+            ``sqrt(in * out) / rank``.
+        rank: for ``"auto"``, the LoRA rank one would use.
+        scale, init, dtype, pad: as for ``C3ALinear``.
+        modules_to_save: names (whole or the end of one) of modules that stay trainable and are
+            saved with the adapter, such as a new classifier.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: nothing matched, a size does not divide, or the model is patched already; the
+            message lists what there is. The model is then as it was.
+        TypeError: a target is not a linear layer, or one whose owner reads its weight directly.
+    """
+    plan = plan_patch(
+        model,
+        target_modules,
+        block_size,
+        rank=rank,
+        modules_to_save=modules_to_save,
+        pad=pad,
+    )
+    return apply_patch(model, plan, scale=scale, init=init, dtype=dtype, pad=pad)
+
+
+@dataclass
+class PatchPlan:
+    """Which layers get which block size, and which modules stay trainable. Changes nothing."""
+
+    block_sizes: dict[str, int]
+    modules_to_save: tuple[str, ...]
+
+
+def plan_patch(
+    model: nn.Module,
+    target_modules: Targets,
+    block_size: BlockSize,
+    *,
+    rank: int = 8,
+    modules_to_save: Iterable[str] = (),
+    pad: bool = False,
+) -> PatchPlan:
+    """Resolve the arguments of ``patch_model`` against a model, raising all that it raises."""
+    if adapted_layers(model):
+        raise ValueError(
+            "c3a.patch_model: the model is patched already; call c3a.unpatch_model first"
+        )
+    saved = _resolve_modules_to_save(model, modules_to_save)
+    targets = _resolve_targets(model, target_modules, saved)
+    sizes: dict[str, int] = {}
+    problems = []
+    for name, module in targets.items():
+        in_features, out_features = features(module)
+        if block_size == "auto":
+            size = auto_block_size(in_features, out_features, rank)
+        elif isinstance(block_size, Mapping):
+            size = block_size_from_pattern(block_size, name)
+            if size is None:
+                problems.append(f"{name}: no key of the mapping {dict(block_size)} matches")
+                continue
+        else:
+            size = block_size
+        try:
+            check_block_size(size, in_features, out_features, pad)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+        sizes[name] = size
+    if problems:
+        raise ValueError("c3a.patch_model: " + "\n  ".join(problems))
+    return PatchPlan(sizes, saved)
+
+
+def apply_patch(
+    model: nn.Module,
+    plan: PatchPlan,
+    *,
+    scale: float | None = None,
+    init: str = "zeros",
+    dtype: torch.dtype = torch.float32,
+    pad: bool = False,
+) -> nn.Module:
+    """Carry out a plan: all layers are made before the first one is put in place."""
+    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    wrapped: dict[int, C3ALinear] = {}
+    try:
+        for name, block_size in plan.block_sizes.items():
+            base = model.get_submodule(name)
+            wrapped[id(base)] = C3ALinear(
+                base, block_size, scale=scale, init=init, dtype=dtype, pad=pad
+            )
+    except Exception:
+        _restore_requires_grad(model, trainable)
+        raise
+    # A layer that stands in several places is wrapped once and replaced in all of them.
+    _replace_children(model, wrapped)
+    model.requires_grad_(False)
+    for layer in wrapped.values():
+        layer.c3a_kernel.requires_grad_(True)
+    for name in plan.modules_to_save:
+        model.get_submodule(name).requires_grad_(True)
+    model._c3a_record = _Record(plan.modules_to_save, trainable)
+    return model
+
+
+def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Take the adapters out of a model, in place.
+
+    Args:
+        model: a patched model.
+        merge: add each adapter to its layer's weight first, and keep no copy of the original. By
+            default the weights are as before the patch, bit for bit.
+
+    Returns:
+        The same model, without ``C3ALinear`` layers; what was trainable before the patch is again.
+
+    Raises:
+        TypeError: ``merge`` and a base layer that cannot take the adapter; the model is then as it
+            was.
+    """
+    if merge:
+        _for_all(model, C3ALinear.merge, undo=C3ALinear.unmerge)
+    while layers := adapted_layers(model):
+        inner = {}
+        for layer in layers.values():
+            if not merge:
+                layer.unmerge()
+            elif not layer.enabled:
+                layer.enabled = True
+            inner[id(layer)] = layer.base_layer
+        _replace_children(model, inner)
+    record = model.__dict__.pop("_c3a_record", None)
+    if record is not None:
+        _restore_requires_grad(model, record.trainable_before)
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Merge every adapter of a model (``C3ALinear.merge``): all, or none where one cannot be."""
+    _for_all(model, C3ALinear.merge, undo=C3ALinear.unmerge)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo ``merge``: every weight is as it was, bit for bit."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, the model computes what its base model does, merged or not.
+
+    >>> model = patch_model(nn.Sequential(nn.Linear(4, 4)), ["0"], 2, init="gaussian")
+    >>> with disabled(model):
+    ...     y = model(torch.ones(4))
+    >>> torch.equal(y, unpatch_model(model)(torch.ones(4)))
+    True
+    """
+    layers = [module for module in model.modules() if isinstance(module, C3ALinear)]
+    states = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            layer.enabled = state
+
+
+def _replace_children(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Replace modules, given by ``id``, wherever they stand in the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+
+
+def _for_all(model: nn.Module, do, undo) -> None:
+    done = []
+    try:
+        for layer in adapted_layers(model).values():
+            if not layer.merged:
+                do(layer)
+                done.append(layer)
+    except Exception:
+        for layer in done:
+            undo(layer)
+        raise
+
+
+def _restore_requires_grad(model: nn.Module, trainable: frozenset[str]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+def _available(model: nn.Module) -> str:
+    """Return the linear layers there are, as ``query (6), dense (18), ...``."""
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if name and features(module):
+            last = name.rsplit(".", 1)[-1]
+            last = name if last.isdigit() else last
+            counts[last] = counts.get(last, 0) + 1
+    listed = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
+    return f"linear layers of the model: {listed or 'none'}"
+
+
+def _resolve_modules_to_save(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError(
+            f"c3a.patch_model: expected modules_to_save to be a list of names, got {names!r}"
+        )
+    resolved = []
+    for wanted in names:
+        found = [name for name, _ in model.named_modules() if name and matches([wanted], name)]
+        if not found:
+            children = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(
+                f"c3a.patch_model: no module is named {wanted!r} (modules_to_save); modules at the "
+                f"top: {children}"
+            )
+        resolved += found
+    return tuple(dict.fromkeys(resolved))
+
+
+def _resolve_targets(
+    model: nn.Module, targets: Targets, saved: tuple[str, ...]
+) -> dict[str, nn.Module]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    reads_weight = _read_by_weight(model)
+    if isinstance(targets, re.Pattern):
+        pattern = targets
+        chosen = [name for name in modules if pattern.fullmatch(name)]
+    elif isinstance(targets, str) and targets == "all-linear":
+        outputs = _output_embeddings(model)
+        chosen = [
+            name
+            for name, module in modules.items()
+            if _is_innermost_linear(module)
+            and module is not outputs
+            and id(module) not in reads_weight
+        ]
+    elif isinstance(targets, str):
+        chosen = [name for name in modules if matches(targets, name)]
+    elif callable(targets):
+        chosen = [name for name, module in modules.items() if targets(name, module)]
+    else:
+        targets = list(targets)
+        missing = [t for t in targets if not any(matches([t], name) for name in modules)]
+        if missing:
+            raise ValueError(
+                f"c3a.patch_model: no module is named {', '.join(map(repr, missing))}; "
+                + _available(model)
+            )
+        chosen = [name for name in modules if matches(targets, name)]
+    chosen = [n for n in chosen if not any(n == s or n.startswith(f"{s}.") for s in saved)]
+    if not chosen:
+        hint = (
+            "; a string is a regular expression for whole names: for the ends of names pass a list"
+            if isinstance(targets, str) and targets != "all-linear"
+            else ""
+        )
+        raise ValueError(f"c3a.patch_model: nothing matched {targets!r}{hint}; {_available(model)}")
+    for name in chosen:
+        module = modules[name]
+        if features(module) is None:
+            raise TypeError(
+                f"c3a.patch_model: {name} is a {type(module).__name__}, which has no in and out "
+                f"features; {_available(model)}"
+            )
+        if owner := reads_weight.get(id(module)):
+            raise TypeError(
+                f"c3a.patch_model: {name} cannot be adapted: its owner, a {owner}, reads its "
+                "weight instead of calling it, so an adapter would have no effect"
+            )
+    return {name: modules[name] for name in chosen}
+
+
+def _is_innermost_linear(module: nn.Module) -> bool:
+    parts = [part for part in module.modules() if part is not module]
+    return features(module) is not None and not any(features(part) for part in parts)
+
+
+def _read_by_weight(model: nn.Module) -> dict[int, str]:
+    """Return the layers whose owners read ``.weight`` instead of calling them, with the owner."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[id(module.out_proj)] = "MultiheadAttention"
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            # its fused path at inference
+            for layer in (module.linear1, module.linear2):
+                found[id(layer)] = "TransformerEncoderLayer"
+    return found
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None

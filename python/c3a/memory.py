@@ -1,0 +1,43 @@
+"""Bytes that autograd saves for the backward pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class SavedBytes:
+    """Bytes saved so far: parameters left out, shared memory counted once."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        tensors = [] if model is None else [*model.parameters(), *model.buffers()]
+        self._known = {t.untyped_storage().data_ptr() for t in tensors}
+        self._saved: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # a freed address could be given out again and counted once
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._saved[storage.data_ptr()] = storage.nbytes()
+            self._kept.append(tensor.detach())
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(self._saved.values())
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module | None = None) -> Iterator[SavedBytes]:
+    """Count the bytes that the forward pass within the block saves for the backward.
+
+    >>> x = torch.randn(3, 4, requires_grad=True)
+    >>> with saved_for_backward() as saved:
+    ...     y = x.sin()
+    >>> saved.total
+    48
+    """
+    saved = SavedBytes(model)
+    with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+        yield saved
