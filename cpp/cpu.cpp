@@ -26,12 +26,13 @@ Tensor call_aten(const char* name, const Args&... args) {
 
 using Dims = std::vector<int64_t>;
 
-// (rows * blocks * b) numbers -> (bins, rows, blocks), complex
+// (rows * blocks * b) numbers -> (bins, rows, blocks), complex and contiguous, which keeps the batched
+// product from copying bin by bin
 Tensor spectra(const Tensor& a, ScalarType type, int64_t rows, int64_t blocks, int64_t b) {
   const Tensor blocked =
       torch::stable::to(torch::stable::reshape(a, {rows, blocks, b}), type);
   const Tensor a_hat = call_aten("aten::_fft_r2c", blocked, Dims{2}, kNoScaling, /* onesided= */ true);
-  return call_aten("aten::permute", a_hat, Dims{2, 0, 1});
+  return torch::stable::contiguous(call_aten("aten::permute", a_hat, Dims{2, 0, 1}));
 }
 
 // (bins, rows, blocks), complex -> `out`, which holds rows * blocks * b numbers
@@ -42,7 +43,8 @@ void inverse(const Tensor& a_hat, int64_t b, Tensor& out) {
 }
 
 Tensor adjoint(const Tensor& a_hat) {
-  return call_aten("aten::conj", torch::stable::transpose(a_hat, 1, 2));
+  const Tensor conjugate = call_aten("aten::conj", torch::stable::transpose(a_hat, 1, 2));
+  return torch::stable::contiguous(conjugate);
 }
 
 Tensor contract(Product product, const Tensor& a_hat, const Tensor& b_hat) {

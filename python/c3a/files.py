@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,3 +36,23 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     finally:
         for name in temporary:
             name.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with a new folder beside ``folder``, then move what it wrote into place.
+
+    Files of the same names that ``folder`` holds already are replaced, others stay.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+        fresh = Path(name) / "whole"
+        fresh.mkdir()
+        write(fresh)
+        if not folder.exists():
+            fresh.replace(folder)
+            return
+        for path in sorted(fresh.iterdir()):
+            if path.is_dir() and (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            path.replace(folder / path.name)

@@ -1,0 +1,128 @@
+"""``c3a finetune``: fine-tune a sequence classifier and say how well it did."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+_METHODS = ("c3a", "lora", "bitfit", "head", "full")
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "finetune",
+        help="fine-tune a sequence classifier and report its accuracy",
+        description="Fine-tune a sequence classifier of transformers. By default the packaged "
+        "MiniLM-L6 on the packaged Rotten Tomatoes sentences: no hub is needed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="a local folder or a hub's name (default: the packaged MiniLM-L6)")
+    add("--data", type=Path, help="a CSV, TSV or JSON-lines file (default: Rotten Tomatoes)")
+    add("--text-column", default="text")
+    add("--label-column", default="label")
+    add("--method", choices=_METHODS, default="c3a", help="what to train beside the head")
+    add(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="ends of names, or one regular expression for whole names, or all-linear",
+    )
+    add(
+        "--block-size",
+        type=_block_size,
+        default="auto",
+        help="of C3A; auto: the common divisor nearest to sqrt(in * out) / rank",
+    )
+    add("--rank", type=int, default=1, help="of LoRA, and for --block-size auto")
+    add("--lr", type=float, help="learning rate of the adapter (default: by method)")
+    add("--head-lr", type=float, help="learning rate of the head (default: by method)")
+    add("--epochs", type=float, default=2.0)
+    add("--steps", type=int, help="stop after this many steps instead of --epochs")
+    add("--batch-size", type=int, default=32)
+    add("--max-length", type=int, default=64, help="tokens a text is cut to")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, help="a folder for the adapter, metrics.json and curve.png")
+    add("--compile", action="store_true", help="train under torch.compile")
+    parser.set_defaults(run=run)
+
+
+def _block_size(text: str) -> int | str:
+    return "auto" if text == "auto" else int(text)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, test, print the table and write the output folder, whole or not at all."""
+    from rich.console import Console
+
+    from ..files import write_folder
+    from . import data, models, training
+
+    for name in ("rank", "batch_size", "max_length", "epochs", "steps"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"expected --{name.replace('_', '-')} > 0, got {value}")
+    if options.output and options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"expected --output to be a folder, {options.output} is a file")
+    training.quiet_libraries(options.seed)
+    console = Console()
+    if options.data:
+        examples = data.read(options.data, options.text_column, options.label_column)
+    else:
+        examples = data.rotten_tomatoes()
+    train, validation, test = data.split(examples, options.seed)
+    source = options.model or models.packaged_minilm()
+    console.print(
+        f"{options.method} on {source}\n{len(train)} sentences to train on, {len(validation)} to "
+        f"validate, {len(test)} to test; {len(examples.names)} classes"
+    )
+
+    model, tokenizer, head = models.load_classifier(source, examples.names)
+    targets = _targets(options.target_modules)
+    model = models.adapt(model, options.method, head, targets, options.block_size, options.rank)
+    lr, head_lr = models.LEARNING_RATES[options.method]
+    lr = lr if options.lr is None else options.lr
+    head_lr = head_lr if options.head_lr is None else options.head_lr
+    result = training.train(
+        model,
+        tokenizer,
+        (train, validation, test),
+        head=head,
+        lr=lr,
+        head_lr=head_lr,
+        epochs=options.epochs,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        seed=options.seed,
+        compile=options.compile,
+    )
+    console.print(training.table(options.method, result))
+    if options.output:
+        metrics = {
+            "method": options.method,
+            "model": source,
+            "data": str(options.data or "rotten_tomatoes"),
+            "labels": examples.names,
+            "lr": lr if lr == lr else None,
+            "head_lr": head_lr,
+            "seed": options.seed,
+            "date": time.strftime("%Y-%m-%d"),
+            **result.metrics(),
+        }
+
+        def write(folder: Path) -> None:
+            models.save(model, options.method, folder)
+            training.draw_curve(result, options.method, folder / "curve.png")
+            text = json.dumps(metrics, indent=2) + "\n"
+            (folder / "metrics.json").write_text(text, encoding="utf-8")
+
+        write_folder(options.output, write)
+        console.print(f"written to {options.output}")
+
+
+def _targets(names: list[str]):
+    if len(names) == 1 and (names[0] == "all-linear" or set(names[0]) & set("*+?|()[]\\^$")):
+        return names[0]
+    return names
