@@ -283,6 +283,8 @@ def _vmap_rule(op, fold_first, fold_second):
 
     def rule(info, in_dims, a, b, *constants):
         a_dim, b_dim = in_dims[:2]
+        if a_dim is None and b_dim is None:
+            return op(a, b, *constants), None
         if b_dim is None:
             return fold_first(a.movedim(a_dim, 0), b, info.batch_size, *constants)
         if a_dim is None:
@@ -291,6 +293,10 @@ def _vmap_rule(op, fold_first, fold_second):
         return torch.stack([op(p, q, *constants) for p, q in pairs]), 0
 
     return rule
+
+
+def _fold_tokens(op):
+    return lambda a, w, size: (op(a, w), 0)
 
 
 def _fold_forward_kernels(x, w, size):
@@ -313,9 +319,14 @@ def _fold_kernel_grad_inputs(g, x, size, *constants):
     return dw.unflatten(1, (size, -1)), 1
 
 
-def _backward_vmap_rule(info, in_dims, g, x, w):
-    halves = torch.vmap(_backward_by_halves, in_dims, (0, 0))
-    return halves(g, x, w), (0, 0)
+def _backward_vmap_rule(input_grad_rule, kernel_grad_rule):
+    def rule(info, in_dims, g, x, w):
+        g_dim, x_dim, w_dim = in_dims
+        dx, dx_dim = input_grad_rule(info, (g_dim, w_dim), g, w)
+        dw, dw_dim = kernel_grad_rule(info, (g_dim, x_dim), g, x, w.shape[-1], w.dtype)
+        return (dx.to(x.dtype), dw), (dx_dim, dw_dim)
+
+    return rule
 
 
 def _autocast_rule(device_type: str):
@@ -330,45 +341,33 @@ def _autocast_rule(device_type: str):
     return kernel
 
 
-def _tokens_fold(op):
-    return lambda a, w, size: (op(a, w), 0)
-
-
 def _register() -> None:
     forward = _OPS.block_circ_conv.default
     input_grad = _OPS.block_circ_conv_input_grad.default
     kernel_grad = _OPS.block_circ_conv_kernel_grad.default
-    rules = [
-        (
-            forward,
-            _fake_forward,
-            _autograd_rule(forward, _vjp_forward),
-            _vmap_rule(forward, _tokens_fold(forward), _fold_forward_kernels),
-        ),
-        (
-            input_grad,
-            _fake_input_grad,
-            _autograd_rule(input_grad, _vjp_input_grad),
-            _vmap_rule(input_grad, _tokens_fold(input_grad), _fold_input_grad_kernels),
-        ),
-        (
-            kernel_grad,
-            _fake_kernel_grad,
-            _autograd_rule(kernel_grad, _vjp_kernel_grad),
-            _vmap_rule(kernel_grad, _fold_kernel_grad_outputs, _fold_kernel_grad_inputs),
-        ),
-        (
-            _OPS.block_circ_conv_backward.default,
-            _fake_backward,
-            _backward_autograd_rule,
-            _backward_vmap_rule,
-        ),
-    ]
-    for op, fake, autograd, vmap in rules:
-        name = op.name().split("::")[1]
-        torch.library.register_fake(op.name(), fake, lib=_LIBRARY)
-        _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-        torch.library.register_vmap(op.name(), vmap, lib=_LIBRARY)
+    backward = _OPS.block_circ_conv_backward.default
+    vmaps = {
+        forward: _vmap_rule(forward, _fold_tokens(forward), _fold_forward_kernels),
+        input_grad: _vmap_rule(input_grad, _fold_tokens(input_grad), _fold_input_grad_kernels),
+        kernel_grad: _vmap_rule(kernel_grad, _fold_kernel_grad_outputs, _fold_kernel_grad_inputs),
+    }
+    vmaps[backward] = _backward_vmap_rule(vmaps[input_grad], vmaps[kernel_grad])
+    autograds = {
+        forward: _autograd_rule(forward, _vjp_forward),
+        input_grad: _autograd_rule(input_grad, _vjp_input_grad),
+        kernel_grad: _autograd_rule(kernel_grad, _vjp_kernel_grad),
+        backward: _backward_autograd_rule,
+    }
+    fakes = {
+        forward: _fake_forward,
+        input_grad: _fake_input_grad,
+        kernel_grad: _fake_kernel_grad,
+        backward: _fake_backward,
+    }
+    for op in (forward, input_grad, kernel_grad, backward):
+        torch.library.register_fake(op.name(), fakes[op], lib=_LIBRARY)
+        torch.library.register_vmap(op.name(), vmaps[op], lib=_LIBRARY)
+        _LIBRARY.impl(op.name(), autograds[op], "Autograd", with_keyset=True)
     # The gradients have no autocast rule: they fall through and keep the dtypes they are given.
     for device_type in ("cpu", "cuda"):
         key = f"Autocast{device_type.upper()}"

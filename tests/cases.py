@@ -1,0 +1,54 @@
+"""The inputs that every test of the operator shares, and how errors are measured."""
+
+import torch
+from torch import Tensor
+
+# (tokens as leading sizes, m, n, b): block size 1, odd, prime, power of two, composite, large;
+# square and not; no token, one, some; no, one and two leading dimensions.
+SHAPES = [
+    ((5,), 3, 2, 1),
+    ((5,), 2, 3, 2),
+    ((7,), 1, 1, 5),
+    ((4,), 2, 3, 6),
+    ((3,), 3, 2, 7),
+    ((), 2, 2, 8),
+    ((1,), 3, 1, 16),
+    ((2, 3), 1, 4, 15),
+    ((2, 1, 3), 4, 2, 12),
+    ((17,), 2, 3, 64),
+    ((3,), 2, 1, 101),
+    ((2,), 1, 2, 257),
+    ((2,), 1, 1, 768),
+    ((1,), 1, 1, 4096),
+    ((0,), 2, 3, 4),
+    ((2, 0, 3), 1, 2, 6),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+# Relative errors against float64 (norm of the difference over norm of the result).
+TOLERANCE = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.bfloat16: 4e-3,
+    torch.float16: 5e-4,
+}
+
+
+def operands(leading, m, n, b, dtype=torch.float64, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Return random (x, w, g)."""
+    generator = torch.Generator().manual_seed(hash((leading, m, n, b)) % 2**31)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return normal(*leading, n * b), normal(m, n, b), normal(*leading, m * b)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    if expected.numel() == 0:
+        assert got.shape == expected.shape
+        return 0.0
+    norm = expected.norm().item()
+    difference = (got.double() - expected).norm().item()
+    return difference / norm if norm else difference

@@ -1,0 +1,250 @@
+"""C3ALinear: its function, what it saves, merging, states, layers other than nn.Linear."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import c3a
+from c3a.memory import saved_for_backward
+from cases import relative_error
+
+
+def adapted(in_features=12, out_features=8, block_size=4, base_dtype=torch.float32, **options):
+    options.setdefault("init", "gaussian")
+    base = nn.Linear(in_features, out_features).to(base_dtype)
+    return c3a.C3ALinear(base, block_size, **options)
+
+
+def dense(layer, x):
+    """The layer's definition in float64."""
+    base = layer.base_layer
+    weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+    matrix = weight.double() + layer.scale * c3a.circulant(layer.c3a_kernel.double())
+    return x.double() @ matrix.T + base.bias.double()
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_forward_is_base_plus_scaled_circulant(dtype, scale):
+    layer = adapted(base_dtype=dtype, scale=scale)
+    assert layer.scale == (1 / 12 if scale is None else scale)
+    x = torch.randn(2, 5, 12, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    limit = {torch.float64: 1e-6, torch.float32: 1e-6}.get(dtype, 8e-3)
+    assert relative_error(y.detach(), dense(layer, x)) < limit
+
+
+def test_zeros_leave_the_output_as_it_was_and_still_train():
+    layer = adapted(init="zeros")
+    x = torch.randn(3, 12)
+    y = layer(x)
+    assert torch.equal(y, layer.base_layer(x))
+    y.square().sum().backward()
+    assert layer.c3a_kernel.grad.abs().min() > 0
+    assert layer.base_layer.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("init", "bound", "std"),
+    [
+        ("xavier_uniform", (6 / 768) ** 0.5, (2 / 768) ** 0.5),
+        ("kaiming_uniform", (1 / 512) ** 0.5, (1 / 512 / 3) ** 0.5),
+        ("gaussian", None, 1.0),
+    ],
+)
+def test_initial_values_are_those_of_peft(init, bound, std):
+    kernel = adapted(512, 256, 16, init=init).c3a_kernel
+    assert kernel.shape == (16, 32, 16)
+    assert abs(kernel.std().item() / std - 1) < 0.05
+    if bound:
+        assert kernel.abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saves_nothing_but_its_input_and_the_kernel(dtype):
+    layer = adapted(256, 128, 32, base_dtype=dtype)
+    x = torch.randn(64, 256, dtype=dtype, requires_grad=True)
+    trained_base = nn.Linear(256, 128).to(dtype)
+    with saved_for_backward(trained_base) as of_base:
+        trained_base(x)
+    with saved_for_backward(layer) as saved:
+        layer(x)
+    assert saved.total == of_base.total == x.nbytes
+
+
+def test_saves_the_same_input_for_siblings_under_autocast():
+    query, key = adapted(256, 256, 32), adapted(256, 256, 32)
+    x = torch.randn(64, 256, requires_grad=True)
+    siblings = nn.ModuleList([query, key])
+    with torch.autocast("cpu", torch.bfloat16), saved_for_backward(siblings) as saved:
+        y = query(x) + key(x)
+    base_copies = 2 * query.base_layer.weight.nbytes // 2  # autocast's own bfloat16 weights
+    assert y.dtype == torch.bfloat16
+    assert saved.total <= x.nbytes + base_copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_merge_rounds_once_and_unmerge_restores_every_bit(dtype):
+    layer = adapted(64, 32, 16, base_dtype=dtype)
+    weight = layer.base_layer.weight
+    original = weight.detach().clone()
+    delta = layer.scale * c3a.circulant(layer.c3a_kernel.detach().double())
+    layer.merge()
+    layer.merge()
+    assert layer.merged
+    exact = original.double() + delta
+    spacing = torch.finfo(dtype).eps * exact.abs() + 1e-7 * delta.abs().max()
+    assert ((layer.weight.double() - exact).abs() <= 0.51 * spacing + 2e-8).all()
+    x = torch.randn(5, 64, dtype=dtype)
+    assert relative_error(layer(x).detach(), x.double() @ exact.T + layer.bias) < 8e-3
+    layer.unmerge()
+    layer.unmerge()
+    assert layer.base_layer.weight is weight
+    assert torch.equal(weight, original)
+
+
+def test_merging_leaves_a_tied_weight_alone():
+    embedding = nn.Embedding(8, 12)
+    head = nn.Linear(12, 8)
+    head.weight = embedding.weight
+    layer = c3a.C3ALinear(head, 4, init="gaussian")
+    before = embedding.weight.detach().clone()
+    layer.merge()
+    assert torch.equal(embedding.weight, before)
+    layer.unmerge()
+    assert head.weight is embedding.weight
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabling_gives_the_base_layer_merged_or_not(merged):
+    layer = adapted()
+    x = torch.randn(3, 12)
+    with_adapter, base = layer(x), layer.base_layer(x)
+    if merged:
+        layer.merge()
+    layer.enabled = False
+    assert torch.equal(layer(x), base)
+    layer.enabled = True
+    torch.testing.assert_close(layer(x), with_adapter)
+    layer.enabled = False
+    layer.unmerge()
+    assert torch.equal(layer(x), base)
+
+
+def test_merging_while_disabled_takes_effect_when_enabled():
+    layer = adapted()
+    x = torch.randn(3, 12)
+    with_adapter, base = layer(x), layer.base_layer(x)
+    layer.enabled = False
+    layer.merge()
+    assert torch.equal(layer(x), base)
+    layer.enabled = True
+    torch.testing.assert_close(layer(x), with_adapter)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer(x), base)
+
+
+def test_state_dict_is_the_same_merged_or_not_and_loads_either_way():
+    layer, other = adapted(), adapted()
+    expected = {name: t.clone() for name, t in layer.state_dict().items()}
+    assert set(expected) == {"c3a_kernel", "base_layer.weight", "base_layer.bias"}
+    layer.merge()
+    state = layer.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    other.merge()
+    other.load_state_dict(state)
+    x = torch.randn(3, 12)
+    assert other.merged
+    assert torch.equal(other(x), layer(x))
+    other.unmerge()
+    assert torch.equal(other.weight, expected["base_layer.weight"])
+
+
+def test_a_merged_layer_moves_and_converts_with_its_original_weight():
+    layer = adapted()
+    original = layer.weight.detach().clone()
+    layer.merge()
+    layer.to(torch.float64)
+    layer.unmerge()
+    assert layer.weight.dtype == torch.float64
+    assert torch.equal(layer.weight, original.double())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_copies_and_pickles(merged):
+    layer = adapted()
+    if merged:
+        layer.merge()
+    x = torch.randn(3, 12)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), layer(x))
+        twin.unmerge()
+        with torch.no_grad():
+            twin.c3a_kernel.zero_()
+        assert not torch.equal(twin(x), layer(x))
+
+
+def test_repr_tells_sizes_scale_and_state():
+    layer = adapted(scale=0.5)
+    layer.merge()
+    assert "in_features=12, out_features=8, block_size=4, scale=0.5, parameters=24, merged" in repr(
+        layer
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"block_size": 8},
+            "block_size 8 does not divide in_features = 12 and out_features = 8; "
+            r"these do: 1, 2, 4 \(or pass pad=True\)",
+        ),
+        ({"block_size": 0}, "expected block_size to be an integer >= 1, got 0"),
+        ({"block_size": 2.0}, "expected block_size to be an integer >= 1, got 2.0"),
+        ({"scale": 0.0}, "expected a finite scale other than 0, got 0.0"),
+        ({"scale": float("nan")}, "expected a finite scale other than 0, got nan"),
+        ({"init": "ones"}, "expected init to be one of .*, got 'ones'"),
+    ],
+)
+def test_bad_arguments_are_named_and_leave_the_base_layer_as_it_was(options, message):
+    base = nn.Linear(12, 8)
+    with pytest.raises(ValueError, match=f"c3a.C3ALinear: {message}"):
+        c3a.C3ALinear(base, **{"block_size": 4, **options})
+    assert base.weight.requires_grad
+
+
+def test_modules_without_features_and_odd_dtypes_are_named():
+    with pytest.raises(TypeError, match="expected a layer with in_features .* got LayerNorm"):
+        c3a.C3ALinear(nn.LayerNorm(4), 2)
+    with pytest.raises(TypeError, match="expected a floating-point dtype, got torch.int64"):
+        c3a.C3ALinear(nn.Linear(4, 4), 2, dtype=torch.int64)
+
+
+def test_a_layer_trains_under_compile_like_without():
+    layer = adapted(init="zeros")
+    x, target = torch.randn(16, 12), torch.randn(16, 8)
+    losses = []
+    torch.compiler.reset()
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        with torch.no_grad():
+            layer.c3a_kernel.zero_()
+        optimizer = torch.optim.AdamW([layer.c3a_kernel], lr=0.3)
+        for _ in range(10):
+            loss = (function(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] < (layer.base_layer(x) - target).square().mean().item()

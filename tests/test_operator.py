@@ -1,0 +1,159 @@
+"""The operators against the dense definition in float64, pocketfft, PyTorch's rounding."""
+
+import numpy as np
+import pytest
+import scipy.fft
+import torch
+
+import c3a
+from cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error
+
+OPS = torch.ops.c3a
+
+
+def dense_results(x, w, g):
+    """y, dx and dw by the definition, in float64."""
+    x, w, g = x.double().cpu(), w.double().cpu(), g.double().cpu()
+    w = w.requires_grad_()
+    matrix = c3a.circulant(w)
+    y = x @ matrix.T
+    dx = g @ matrix
+    (dw,) = torch.autograd.grad(y, w, g)
+    return y.detach(), dx.detach(), dw
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_product_equals_the_dense_definition(shape, dtype, device):
+    x, w, g = operands(*shape, dtype=dtype, device=device)
+    y, dx, dw = dense_results(x, w, g)
+    pair = OPS.block_circ_conv_backward(g, x, w)
+    results = [
+        (OPS.block_circ_conv(x, w), y),
+        (OPS.block_circ_conv_input_grad(g, w), dx),
+        (OPS.block_circ_conv_kernel_grad(g, x, w.shape[-1]), dw),
+        (pair[0], dx),
+        (pair[1], dw),
+    ]
+    for got, expected in results:
+        assert got.dtype == dtype
+        assert got.shape == expected.shape
+        assert got.is_contiguous()
+        assert relative_error(got.cpu(), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("library", [np.fft, scipy.fft], ids=["numpy", "scipy"])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if 0 not in s[0]], ids=str)
+def test_every_product_equals_pocketfft(shape, library, device):
+    x, w, g = operands(*shape, device=device)
+    m, n, b = w.shape
+
+    def spectra(a, blocks):
+        return library.rfft(a.cpu().numpy().reshape(-1, blocks, b), axis=-1)
+
+    x_hat, g_hat, w_hat = spectra(x, n), spectra(g, m), spectra(w, n)
+    expected = [
+        (OPS.block_circ_conv(x, w), np.einsum("ijk,tjk->tik", w_hat.conj(), x_hat)),
+        (OPS.block_circ_conv_input_grad(g, w), np.einsum("ijk,tik->tjk", w_hat, g_hat)),
+        (
+            OPS.block_circ_conv_kernel_grad(g, x, b),
+            np.einsum("tik,tjk->ijk", g_hat.conj(), x_hat),
+        ),
+    ]
+    for got, result_hat in expected:
+        result = torch.from_numpy(library.irfft(result_hat, n=b, axis=-1)).reshape(got.shape)
+        assert relative_error(got.cpu(), result) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("b", [16, 96, 101, 768])
+def test_errors_in_low_precision_are_no_worse_than_those_of_torch(b, dtype, device):
+    x, w, g = operands((64,), 2, 3, b, dtype=dtype, device=device)
+    y, dx, dw = dense_results(x, w, g)
+    x_hat = torch.fft.rfft(x.float().unflatten(-1, (3, b)))
+    g_hat = torch.fft.rfft(g.float().unflatten(-1, (2, b)))
+    w_hat = torch.fft.rfft(w.float())
+
+    def inverse(product, *spectra):
+        return torch.fft.irfft(torch.einsum(product, *spectra), n=b).to(dtype)
+
+    pairs = [
+        (c3a.block_circ_conv(x, w), inverse("tjk,ijk->tik", x_hat, w_hat.conj()), y),
+        (OPS.block_circ_conv_input_grad(g, w), inverse("tik,ijk->tjk", g_hat, w_hat), dx),
+        (
+            OPS.block_circ_conv_kernel_grad(g, x, b),
+            inverse("tik,tjk->ijk", g_hat.conj(), x_hat),
+            dw,
+        ),
+    ]
+    for ours, torchs, expected in pairs:
+        limit = 1.5 * relative_error(torchs.cpu().reshape(expected.shape), expected)
+        assert relative_error(ours.cpu(), expected) <= limit
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("w_dtype", DTYPES, ids=str)
+def test_dtypes_may_differ_and_results_follow_their_own_operand(x_dtype, w_dtype, device):
+    x, w, g = operands((9,), 2, 3, 12, device=device)
+    x, w, g = x.to(x_dtype), w.to(w_dtype), g.to(x_dtype)
+    y, dx, dw = dense_results(x, w, g)
+    x.requires_grad_()
+    w.requires_grad_()
+    got = c3a.block_circ_conv(x, w)
+    got_dx, got_dw = torch.autograd.grad(got, (x, w), g)
+    assert (got.dtype, got_dx.dtype, got_dw.dtype) == (x_dtype, x_dtype, w_dtype)
+    for result, expected in ((got, y), (got_dx, dx), (got_dw, dw)):
+        assert relative_error(result.detach().cpu(), expected) < TOLERANCE[result.dtype]
+
+
+def test_a_kernel_gradient_is_not_rounded_to_the_dtype_of_the_activations(device):
+    x, _, g = operands((64,), 1, 2, 32, dtype=torch.bfloat16, device=device)
+    expected = dense_results(x, torch.zeros(1, 2, 32), g)[2]
+    dw = OPS.block_circ_conv_kernel_grad(g, x, 32, torch.float32)
+    assert dw.dtype == torch.float32
+    assert relative_error(dw.cpu(), expected) < TOLERANCE[torch.float32]
+
+
+def test_layout_of_the_operands_does_not_matter(device):
+    x, w, g = operands((6, 4), 2, 3, 8, device=device)
+    y, (dx, dw) = OPS.block_circ_conv(x, w), OPS.block_circ_conv_backward(g, x, w)
+
+    def strided(t):
+        return torch.stack([t, t], dim=-1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
+
+    x_s, w_s, g_s = strided(x), strided(w), strided(g)
+    assert not any(t.is_contiguous() for t in (x_s, w_s, g_s))
+    torch.testing.assert_close(OPS.block_circ_conv(x_s, w_s), y)
+    torch.testing.assert_close(OPS.block_circ_conv_input_grad(g_s, w_s), dx)
+    torch.testing.assert_close(OPS.block_circ_conv_kernel_grad(g_s, x_s, 8), dw)
+    torch.testing.assert_close(OPS.block_circ_conv_backward(g_s, x_s, w_s), (dx, dw))
+    expanded = x[:1, :1].expand(6, 4, -1)
+    torch.testing.assert_close(OPS.block_circ_conv(expanded, w)[5, 3], y[0, 0])
+
+
+def test_inputs_are_not_changed_and_results_are_new(device):
+    x, w, g = operands((3,), 2, 2, 4, device=device)
+    copies = [t.clone() for t in (x, w, g)]
+    OPS.block_circ_conv(x, w)
+    OPS.block_circ_conv_backward(g, x, w)
+    assert all(torch.equal(a, b) for a, b in zip((x, w, g), copies, strict=True))
+
+
+def test_a_kernel_of_no_tokens_has_zero_gradient(device):
+    x, w, _ = operands((0,), 2, 3, 4, device=device)
+    x.requires_grad_()
+    w.requires_grad_()
+    y = c3a.block_circ_conv(x, w)
+    dx, dw = torch.autograd.grad(y.sum(), (x, w))
+    assert y.shape == (0, 8)
+    assert dx.shape == (0, 12)
+    assert torch.equal(dw, torch.zeros_like(w))
+
+
+def test_inference_mode_and_no_grad_give_the_same_result(device):
+    x, w, _ = operands((3,), 2, 2, 4, device=device)
+    with torch.no_grad():
+        expected = c3a.block_circ_conv(x, w.requires_grad_())
+    with torch.inference_mode():
+        assert torch.equal(c3a.block_circ_conv(x, w), expected)
+    assert not expected.requires_grad

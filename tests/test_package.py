@@ -1,0 +1,123 @@
+"""What is built: libraries that fit any torch, the pybind11 module, the facts of ``c3a info``."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from c3a import _library
+from c3a.cli import info
+
+LIBRARIES = _library._libraries("libc3a_*.so")
+TORCH = Path(torch.__file__).parent / "lib"
+
+
+def symbols(library: Path, *options: str) -> set[str]:
+    text = subprocess.run(
+        ["nm", "-D", *options, library], check=True, capture_output=True, text=True
+    ).stdout
+    return {line.split()[-1].split("@")[0] for line in text.splitlines()}
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_torch_has_every_symbol_that_a_library_takes_from_it(library):
+    if "cuda" in library.name and torch.version.cuda is None:
+        pytest.skip("this torch is built without CUDA, so the real libraries are not here")
+    taken = {
+        name
+        for name in symbols(library, "--undefined-only")
+        if re.match(r"(aoti_)?torch_|_ZN\w*5torch|cufft|cuda", name)
+    }
+    has = set()
+    for real in TORCH.glob("libtorch_c*.so"):
+        has |= symbols(real, "--defined-only")
+    for real in TORCH.parent.parent.glob("nvidia/**/lib*.so.*"):
+        has |= symbols(real, "--defined-only")
+    assert len(taken) > 5
+    assert taken <= has
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_a_library_needs_torch_by_name_only_and_no_python(library):
+    text = subprocess.run(
+        ["readelf", "-d", library], check=True, capture_output=True, text=True
+    ).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", text))
+    torchs = {"libtorch_cpu.so", "libtorch_cuda.so", "libcufft.so.12", "libcudart.so.13"}
+    systems = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
+    loader = {name for name in needed if name.startswith("ld-linux")}
+    assert "libtorch_cpu.so" in needed
+    assert needed <= torchs | systems | loader
+    assert "RPATH" not in text
+    assert "RUNPATH" not in text
+
+
+def test_build_info_tells_version_compiler_target_and_cuda():
+    module = pytest.importorskip("c3a._C", reason="built with C3A_PYBIND=OFF")
+    build = module.build_info()
+    assert build["version"] == metadata.version("c3a")
+    assert build["torch_target"] == "2.10"
+    assert re.match(r"(GNU|Clang|AppleClang) \d+", build["compiler"])
+    has_library = any("cuda" in library.name for library in LIBRARIES)
+    assert (build["cuda"] is not None) == has_library
+    assert re.match(r"x86-64(-v[234])?|aarch64|generic", module.cpu_capability())
+
+
+def test_info_prints_what_a_bug_report_needs():
+    run = subprocess.run(
+        [sys.executable, "-m", "c3a", "info"], check=True, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == info.report()
+    for fact in ("c3a", "compiler", "CUDA library", "torch", "CPU capability", "Python", "devices"):
+        assert re.search(rf"^{fact}\b", run.stdout, re.MULTILINE) or "device cuda" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("cuda", "built", "loads", "reason"),
+    [
+        (None, ["13"], False, "this torch is built without CUDA"),
+        ("13.0", ["13"], True, "built for CUDA 13, as this torch"),
+        ("12.8", ["13"], False, "this torch has CUDA 12, this build of c3a has CUDA 13 only"),
+        ("13.0", [], False, "this torch has CUDA 13, this build of c3a is built without CUDA"),
+    ],
+)
+def test_the_cuda_library_is_loaded_by_a_torch_of_its_cuda_major_only(
+    cuda, built, loads, reason, tmp_path, monkeypatch
+):
+    for major in built:
+        (tmp_path / f"libc3a_cuda{major}.so").touch()
+    monkeypatch.setattr(_library, "_FOLDERS", [tmp_path])
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    library, said = _library.cuda_library()
+    assert (library is not None) == loads
+    assert said == reason
+
+
+def test_the_core_needs_torch_and_safetensors_only():
+    """Import the package with nothing else of the extras at hand."""
+    code = """
+import sys
+extras = ("transformers", "peft", "accelerate", "pandas", "matplotlib", "rich", "numpy", "scipy")
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in extras:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import c3a, torch
+from c3a.cli import main
+model = c3a.patch_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), ["0"], 2)
+assert main(["info"]) == 0
+assert main(["inspect", "nowhere"]) == 2
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "pip install 'c3a[finetune]'" in run.stderr

@@ -1,0 +1,208 @@
+"""Autograd, forward mode, torch.func, autocast, compilation: the operators' Python rules."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.profiler import ProfilerActivity, profile
+
+import c3a
+from c3a.memory import saved_for_backward
+from cases import operands, relative_error
+
+OPS = torch.ops.c3a
+SMALL = [((2,), 2, 1, 1), ((3,), 1, 2, 2), ((2, 2), 2, 3, 5), ((3,), 3, 2, 4), ((), 2, 2, 6)]
+
+
+def every_operator(shape, device, requires_grad=True):
+    """Return (function, arguments) of each operator, the arguments being tensors only."""
+    x, w, g = (t.requires_grad_(requires_grad) for t in operands(*shape, device=device))
+    b = w.shape[-1]
+    return {
+        "forward": (OPS.block_circ_conv, (x, w)),
+        "input_grad": (OPS.block_circ_conv_input_grad, (g, w)),
+        "kernel_grad": (lambda g, x: OPS.block_circ_conv_kernel_grad(g, x, b), (g, x)),
+        "backward": (OPS.block_circ_conv_backward, (g, x, w)),
+    }
+
+
+OPERATORS = ("forward", "input_grad", "kernel_grad", "backward")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_gradcheck_in_reverse_and_forward_mode_batched_too(shape, name, device):
+    function, arguments = every_operator(shape, device)[name]
+    assert gradcheck(
+        function,
+        arguments,
+        check_batched_grad=True,
+        check_forward_ad=True,
+        check_batched_forward_grad=True,
+    )
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", SMALL[1:4], ids=str)
+def test_gradgradcheck_in_reverse_and_forward_over_reverse(shape, name, device):
+    function, arguments = every_operator(shape, device)[name]
+    assert gradgradcheck(function, arguments, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_passes_for_every_operator(dtype, device):
+    x, w, g = (t.requires_grad_() for t in operands((2, 3), 2, 3, 4, dtype=dtype, device=device))
+    samples = [
+        (OPS.block_circ_conv, (x, w)),
+        (OPS.block_circ_conv, (x.detach(), w)),
+        (OPS.block_circ_conv, (x.detach()[:0], w)),
+        (OPS.block_circ_conv_input_grad, (g, w)),
+        (OPS.block_circ_conv_kernel_grad, (g, x, 4)),
+        (OPS.block_circ_conv_kernel_grad, (g, x, 4, torch.float32)),
+        (OPS.block_circ_conv_backward, (g, x, w)),
+    ]
+    for op, arguments in samples:
+        torch.library.opcheck(op, arguments)
+
+
+def ours(x, w):
+    return c3a.block_circ_conv(x, w).sin().sum()
+
+
+def dense(x, w):
+    return (x @ c3a.circulant(w).T).sin().sum()
+
+
+TRANSFORMS = {
+    "grad": lambda f, x, w: grad(f, (0, 1))(x, w),
+    "grad of grad": lambda f, x, w: grad(lambda x: grad(f)(x, w).square().sum())(x),
+    "jvp": lambda f, x, w: jvp(f, (x, w), (w.new_ones(x.shape), w))[1],
+    "jvp of grad": lambda f, x, w: jvp(lambda w: grad(f, 1)(x, w), (w,), (w,))[1],
+    "grad of jvp": lambda f, x, w: grad(lambda w: jvp(lambda x: f(x, w), (x,), (x,))[1])(w),
+    "jacrev": lambda f, x, w: jacrev(f, (0, 1))(x, w),
+    "jacfwd": lambda f, x, w: jacfwd(f, (0, 1))(x, w),
+    "hessian": lambda f, x, w: hessian(f, (0, 1))(x, w),
+    "per-sample grad": lambda f, x, w: vmap(grad(f, (0, 1)), (0, None))(x, w),
+    "vmap over x": lambda f, x, w: vmap(f, (1, None))(x, w),
+    "vmap over w": lambda f, x, w: vmap(f, (None, 1))(x, torch.stack([w, w.cos()], 1)),
+    "vmap over both": lambda f, x, w: vmap(f)(x, torch.stack([w] * x.shape[0])),
+    "vmap of vmap": lambda f, x, w: vmap(
+        lambda w: vmap(lambda x: f(x, w))(x),
+    )(torch.stack([w, w.cos()])),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torch_func_equal_those_of_the_dense_definition(name, device):
+    x, w, _ = operands((3, 2), 2, 3, 4, device=device)
+    transform = TRANSFORMS[name]
+    torch.testing.assert_close(transform(ours, x, w), transform(dense, x, w))
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (None, 0, 1), (0, None, None), (None, None, 0)])
+def test_vmap_of_the_pair_of_gradients(in_dims, device):
+    x, w, g = operands((3,), 2, 3, 4, device=device)
+    batched = [
+        t if dim is None else torch.stack([t, t.cos()], dim)
+        for t, dim in zip((g, x, w), in_dims, strict=True)
+    ]
+    got = vmap(OPS.block_circ_conv_backward, in_dims)(*batched)
+    for index in range(2):
+        one = [
+            t if dim is None else t.select(dim, index)
+            for t, dim in zip(batched, in_dims, strict=True)
+        ]
+        expected = OPS.block_circ_conv_backward(*one)
+        torch.testing.assert_close((got[0][index], got[1][index]), expected)
+
+
+def operators_called(run) -> list[str]:
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        run()
+    return [event.name for event in record.events()]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "operator"),
+    [
+        ((True, False), "c3a::block_circ_conv_input_grad"),
+        ((False, True), "c3a::block_circ_conv_kernel_grad"),
+        ((True, True), "c3a::block_circ_conv_backward"),
+    ],
+)
+def test_only_the_wanted_gradients_are_computed(wanted, operator, device):
+    x, w, _ = operands((3,), 2, 3, 4, device=device)
+    x.requires_grad_(wanted[0])
+    w.requires_grad_(wanted[1])
+    called = operators_called(lambda: c3a.block_circ_conv(x, w).sum().backward())
+    gradients = {name for name in called if name.startswith("c3a::block_circ_conv_")}
+    assert gradients == {operator}
+
+
+def test_an_operand_is_saved_only_where_the_other_one_needs_a_gradient(device):
+    x, w, _ = operands((64,), 2, 3, 4, device=device)
+    for x_needs, w_needs, expected in (
+        (True, True, x.nbytes + w.nbytes),
+        (True, False, w.nbytes),
+        (False, True, x.nbytes),
+    ):
+        with saved_for_backward() as saved:
+            y = c3a.block_circ_conv(
+                x.clone().requires_grad_(x_needs), w.clone().requires_grad_(w_needs)
+            )
+        assert y.requires_grad
+        assert saved.total == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_the_result_its_dtype_and_the_gradients_their_own(dtype, device):
+    x, w, g = operands((5,), 2, 3, 8, dtype=torch.float32, device=device)
+    x.requires_grad_()
+    w.requires_grad_()
+    with torch.autocast(device.type, dtype):
+        with saved_for_backward() as saved:
+            y = c3a.block_circ_conv(x, w)
+        dx, dw = torch.autograd.grad(y, (x, w), g.to(dtype), create_graph=True)
+        (ddw,) = torch.autograd.grad(dx.square().sum(), w)
+    assert y.dtype == dtype
+    assert dx.dtype == dw.dtype == ddw.dtype == torch.float32
+    assert saved.total == x.nbytes + w.nbytes  # no copy in the lower precision
+    assert relative_error(y.detach(), c3a.block_circ_conv(x, w).detach()) < 5e-3
+
+
+def test_autocast_leaves_float64_alone(device):
+    x, w, _ = operands((5,), 2, 3, 8, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert c3a.block_circ_conv(x, w).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_forward_and_backward(dynamic, device):
+    def function(x, w):
+        return c3a.block_circ_conv(x.sin(), w * 2).cos()
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (4, 7):
+        x, w, g = operands((tokens,), 2, 3, 8, device=device)
+        x.requires_grad_()
+        w.requires_grad_()
+        expected = function(x, w)
+        got = compiled(x, w)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, (x, w), g), torch.autograd.grad(expected, (x, w), g)
+        )
+
+
+def test_exports_with_a_dynamic_batch(device):
+    class Module(torch.nn.Module):
+        def forward(self, x, w):
+            return c3a.block_circ_conv(x, w)
+
+    x, w, _ = operands((4,), 2, 3, 8, device=device)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(Module(), (x, w), dynamic_shapes=({0: batch}, None))
+    x, w, _ = operands((9,), 2, 3, 8, device=device)
+    torch.testing.assert_close(program.module()(x, w), c3a.block_circ_conv(x, w))
