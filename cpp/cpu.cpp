@@ -1,7 +1,7 @@
 // The CPU back end: ATen's real FFTs around one batched complex product.
 //
-//   A^ = rfft(a): (rows, blocks, b) -> (bins, rows, blocks), then the row of Product's table that is
-//   asked for, then irfft back. Spectra are ATen complex tensors; sums run in compute_type().
+//   A^ = rfft(a): (rows, blocks, b) -> (bins, rows, blocks), then the row of Product's table that
+//   is asked for, then irfft back. Spectra are ATen complex tensors; sums run in compute_type().
 
 #include <array>
 
@@ -19,19 +19,18 @@ constexpr int64_t kScaleByLength = 2;
 template <class... Args>
 Tensor call_aten(const char* name, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{abi::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return abi::to<Tensor>(stack[0]);
 }
 
 using Dims = std::vector<int64_t>;
 
-// (rows * blocks * b) numbers -> (bins, rows, blocks), complex and contiguous, which keeps the batched
-// product from copying bin by bin
+// (rows * blocks * b) numbers -> (bins, rows, blocks), complex and contiguous, which keeps the
+// batched product from copying bin by bin
 Tensor spectra(const Tensor& a, ScalarType type, int64_t rows, int64_t blocks, int64_t b) {
-  const Tensor blocked =
-      torch::stable::to(torch::stable::reshape(a, {rows, blocks, b}), type);
-  const Tensor a_hat = call_aten("aten::_fft_r2c", blocked, Dims{2}, kNoScaling, /* onesided= */ true);
+  const Tensor blocked = torch::stable::to(torch::stable::reshape(a, {rows, blocks, b}), type);
+  const Tensor a_hat =
+      call_aten("aten::_fft_r2c", blocked, Dims{2}, kNoScaling, /* onesided= */ true);
   return torch::stable::contiguous(call_aten("aten::permute", a_hat, Dims{2, 0, 1}));
 }
 
@@ -57,7 +56,8 @@ Tensor contract(Product product, const Tensor& a_hat, const Tensor& b_hat) {
 }
 
 struct Cpu {
-  static void run(const Problem& p, Product product, const Tensor& a, const Tensor& b, Tensor& out) {
+  static void run(
+      const Problem& p, Product product, const Tensor& a, const Tensor& b, Tensor& out) {
     const ScalarType type = compute_type(a, b);
     const int64_t a_blocks = product == Product::forward ? p.n : p.m;
     const int64_t b_rows = product == Product::kernel_grad ? p.tokens : p.m;

@@ -60,14 +60,13 @@ inline std::string dtype(const Tensor& t) {
 }
 
 inline bool is_supported(ScalarType type) {
-  return type == ScalarType::Double || type == ScalarType::Float ||
-      type == ScalarType::BFloat16 || type == ScalarType::Half;
+  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
 }
 
 // Sums run in float64 when an operand is float64, in float32 otherwise; results round once.
 inline ScalarType compute_type(const Tensor& a, const Tensor& b) {
-  const bool wide =
-      a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
+  const bool wide = a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
   return wide ? ScalarType::Double : ScalarType::Float;
 }
 
@@ -92,14 +91,15 @@ inline void check_floating(const char* op, const Named& a) {
 
 inline void check_same_device(const char* op, const Named& a, const Named& b) {
   const bool same = a.tensor.is_cpu() == b.tensor.is_cpu() &&
-      a.tensor.get_device_index() == b.tensor.get_device_index();
+                    a.tensor.get_device_index() == b.tensor.get_device_index();
   check(
       same, op, "expected ", a.name, " and ", b.name, " on one device, got ", device(a.tensor),
       " and ", device(b.tensor));
 }
 
 inline int64_t check_tokens(const char* op, const Named& a) {
-  check(a.tensor.dim() >= 1, op, "expected ", a.name, " to have at least 1 dimension, got shape ()");
+  check(
+      a.tensor.dim() >= 1, op, "expected ", a.name, " to have at least 1 dimension, got shape ()");
   int64_t tokens = 1;
   for (int64_t d = 0; d + 1 < a.tensor.dim(); ++d) tokens *= a.tensor.size(d);
   return tokens;
@@ -107,8 +107,7 @@ inline int64_t check_tokens(const char* op, const Named& a) {
 
 inline void check_kernel(const char* op, const Tensor& w) {
   check_floating(op, {"w", w});
-  const bool right =
-      w.dim() == 3 && w.size(0) >= 1 && w.size(1) >= 1 && w.size(2) >= 1;
+  const bool right = w.dim() == 3 && w.size(0) >= 1 && w.size(1) >= 1 && w.size(2) >= 1;
   check(right, op, "expected a kernel w of shape (m, n, b) with m, n, b >= 1, got ", shape(w));
 }
 
@@ -120,7 +119,8 @@ inline void check_same_leading(const char* op, const Tensor& g, const Tensor& x)
       " and ", shape(x));
 }
 
-// One tensor of activations with a kernel: the forward (`blocks` is "n") and the input gradient ("m").
+// One tensor of activations with a kernel: the forward (`blocks` is "n") and the input gradient
+// ("m").
 inline Problem problem_of(const char* op, const Named& a, const Tensor& w, const char* blocks) {
   check_floating(op, a);
   check_kernel(op, w);

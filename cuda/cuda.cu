@@ -88,9 +88,8 @@ class Call {
     const int64_t batch = sizes.rows * sizes.columns, size = batch * p_.b;
     const Tensor out_hat = complexes(p_.bins() * batch);
     C3A_LAUNCH(
-        (product<Real>), grid_for(p_.bins() * batch), kThreads, stream_,
-        data<Complex<Real>>(a_hat), fa, data<Complex<Real>>(b_hat), fb,
-        data<Complex<Real>>(out_hat), sizes);
+        (product<Real>), grid_for(p_.bins() * batch), kThreads, stream_, data<Complex<Real>>(a_hat),
+        fa, data<Complex<Real>>(b_hat), fb, data<Complex<Real>>(out_hat), sizes);
     const Tensor real = reals(size);
     Plan<Real> plan(Direction::inverse, p_.b, batch);
     const Tensor workspace = bytes(plan.workspace_bytes());

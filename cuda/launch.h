@@ -10,9 +10,9 @@
 #include <stdexcept>
 
 #define C3A_CUDA_CHECK(call) ::c3a::check_cuda((call), #call)
-#define C3A_LAUNCH(function, grid, threads, stream, ...)          \
-  do {                                                            \
-    (function)<<<(grid), (threads), 0, (stream)>>>(__VA_ARGS__);  \
+#define C3A_LAUNCH(function, grid, threads, stream, ...)           \
+  do {                                                             \
+    (function)<<<(grid), (threads), 0, (stream)>>>(__VA_ARGS__);   \
     ::c3a::check_cuda(cudaGetLastError(), "launch of " #function); \
   } while (0)
 

@@ -149,7 +149,7 @@ def test_every_method_runs_and_saves(method, tiny, reviews, tmp_path, capsys):
     assert main(arguments(tiny, reviews, output, *options)) == 0
     metrics = json.loads((output / "metrics.json").read_text())
     expected = {
-        "lora": 4 * 2 * 24,  # rank 1
+        "lora": 4 * 4 * 2 * 24,  # rank 4
         "bitfit": 2 * (4 * 24 + 48 + 24 + 2 * 24) + 24 + 24,
         "head": 0,
         "full": transformers.BertModel.from_pretrained(tiny).num_parameters(),
@@ -170,7 +170,7 @@ def test_json_lines_steps_regex_and_compile(tiny, tmp_path):
     assert main(["finetune", *options]) == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["query", "value"]
-    assert config["block_size"] == 24
+    assert config["block_size"] == 6  # 24 over the default rank of 4
 
 
 @pytest.mark.parametrize(
@@ -182,13 +182,12 @@ def test_json_lines_steps_regex_and_compile(tiny, tmp_path):
         (["--target-modules", "q_proj"], "no module is named 'q_proj'; linear layers of the model"),
         (["--block-size", "7"], "block_size 7 does not divide in_features = 24"),
         (["--steps", "0"], "expected --steps > 0, got 0"),
-        (["--model", "no/such-model"], "no/such-model"),
+        (["--model", "./nowhere"], "to be a folder or a hub's name, ./nowhere is neither"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(
-    more, message, tiny, reviews, tmp_path, capsys, monkeypatch
+    more, message, tiny, reviews, tmp_path, capsys
 ):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     output = tmp_path / "out"
     assert main(arguments(tiny, reviews, output, *more)) == 2
     assert message in capsys.readouterr().err
@@ -213,6 +212,14 @@ def test_ctrl_c_leaves_nothing_half_written(tiny, reviews, tmp_path):
     assert process.returncode == 130
     assert "interrupted; nothing was written" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_run_starts_on_the_packaged_model_and_data(tmp_path, capsys):
+    assert main(["finetune", "--steps", "2", "--output", str(tmp_path / "out")]) == 0
+    assert "6826 sentences to train on, 852 to validate, 852 to test" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert 0.4 < metrics["test_accuracy"] <= 1
+    assert main(["inspect", str(tmp_path / "out")]) == 0
 
 
 def test_the_packaged_sentences_are_all_there_and_split_by_class():

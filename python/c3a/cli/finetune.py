@@ -35,7 +35,7 @@ def add_parser(commands) -> None:
         default="auto",
         help="of C3A; auto: the common divisor nearest to sqrt(in * out) / rank",
     )
-    add("--rank", type=int, default=1, help="of LoRA, and for --block-size auto")
+    add("--rank", type=int, default=4, help="of LoRA, and for --block-size auto")
     add("--lr", type=float, help="learning rate of the adapter (default: by method)")
     add("--head-lr", type=float, help="learning rate of the head (default: by method)")
     add("--epochs", type=float, default=2.0)
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
         examples = data.rotten_tomatoes()
     train, validation, test = data.split(examples, options.seed)
     source = options.model or models.packaged_minilm()
+    models.check_source(source)
     console.print(
         f"{options.method} on {source}\n{len(train)} sentences to train on, {len(validation)} to "
         f"validate, {len(test)} to test; {len(examples.names)} classes"

