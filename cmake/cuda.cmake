@@ -9,11 +9,16 @@ if(NOT C3A_CUDA STREQUAL "OFF")
   find_path(C3A_CUFFT_INCLUDE cufft.h
     HINTS "${C3A_TORCH_ROOT}/../nvidia/cu13/include" /usr/local/cuda/include
     PATH_SUFFIXES targets/x86_64-linux/include)
-  if(CMAKE_CUDA_COMPILER AND C3A_CUFFT_INCLUDE)
+  set(_nvcc_version "none")
+  if(CMAKE_CUDA_COMPILER)
+    execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE _nvcc_version)
+    string(REGEX REPLACE ".*release ([0-9.]+).*" "\\1" _nvcc_version "${_nvcc_version}")
+  endif()
+  if(_nvcc_version MATCHES "^13\\." AND C3A_CUFFT_INCLUDE)
     set(_want_cuda ON)
   elseif(C3A_CUDA STREQUAL "ON")
     message(FATAL_ERROR
-      "C3A_CUDA=ON needs nvcc and cufft.h; found nvcc: ${CMAKE_CUDA_COMPILER}, "
+      "C3A_CUDA=ON needs nvcc 13 and cufft.h; found nvcc: ${_nvcc_version}, "
       "cufft.h: ${C3A_CUFFT_INCLUDE}")
   endif()
 endif()
@@ -28,26 +33,21 @@ if(_want_cuda)
   set(CMAKE_CUDA_EXTENSIONS OFF)
   set(CMAKE_CUDA_RUNTIME_LIBRARY None)
   enable_language(CUDA)
-  string(REGEX MATCH "^[0-9]+" _cuda_major "${CMAKE_CUDA_COMPILER_VERSION}")
-  if(NOT _cuda_major EQUAL 13)
-    message(FATAL_ERROR "c3a's CUDA library is built with CUDA 13, found ${CMAKE_CUDA_COMPILER_VERSION}")
-  endif()
 
   c3a_stand_in(stand_in_torch_cuda libtorch_cuda.so)
   c3a_stand_in(stand_in_cufft libcufft.so.12)
   c3a_stand_in(stand_in_cudart libcudart.so.13)
 
-  # Its name carries the CUDA major, by which c3a/__init__.py chooses what to load.
-  set(_library c3a_cuda${_cuda_major})
-  add_library(${_library} MODULE cuda/cuda.cu)
-  c3a_operator_library(${_library})
-  target_compile_definitions(${_library} PRIVATE USE_CUDA)
-  target_compile_options(${_library} PRIVATE
+  # Its name carries the CUDA major, by which c3a/_library.py chooses what to load.
+  add_library(c3a_cuda13 MODULE cuda/cuda.cu)
+  c3a_operator_library(c3a_cuda13)
+  target_compile_definitions(c3a_cuda13 PRIVATE USE_CUDA)
+  target_compile_options(c3a_cuda13 PRIVATE
     -Xfatbin=-compress-all -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror)
   # The cuFFT wheel's headers lie beside a copy of the runtime's: after nvcc's own.
-  target_include_directories(${_library} PRIVATE cpp)
-  target_include_directories(${_library} SYSTEM PRIVATE "${C3A_CUFFT_INCLUDE}")
-  target_link_libraries(${_library} PRIVATE stand_in_torch_cuda stand_in_cufft stand_in_cudart)
+  target_include_directories(c3a_cuda13 PRIVATE cpp)
+  target_include_directories(c3a_cuda13 SYSTEM PRIVATE "${C3A_CUFFT_INCLUDE}")
+  target_link_libraries(c3a_cuda13 PRIVATE stand_in_torch_cuda stand_in_cufft stand_in_cudart)
 
   string(REPLACE ";" " " _architectures "${CMAKE_CUDA_ARCHITECTURES}")
   set(C3A_CUDA_FACTS

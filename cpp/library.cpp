@@ -1,13 +1,15 @@
 // The schemas of the operators, for every device. Shapes and formulas: DESIGN.md, "The operator".
-// Implementations: cpu.cpp and ../cuda/cuda.cu. Python rules: ../python/c3a/ops.py.
+// Implementations: aten.cpp and ../cuda/cuda.cu. Python rules: ../python/c3a/ops.py.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(c3a, m) {
-  m.def("block_circ_conv(Tensor x, Tensor w) -> Tensor");
-  m.def("block_circ_conv_input_grad(Tensor grad_output, Tensor w) -> Tensor");
+  m.def("block_circ_conv(Tensor x, Tensor w, float scale=1.0) -> Tensor");
+  m.def("block_circ_conv_input_grad(Tensor grad_output, Tensor w, float scale=1.0) -> Tensor");
   m.def(
       "block_circ_conv_kernel_grad(Tensor grad_output, Tensor x, int block_size, "
-      "ScalarType? dtype=None) -> Tensor");
-  m.def("block_circ_conv_backward(Tensor grad_output, Tensor x, Tensor w) -> (Tensor, Tensor)");
+      "ScalarType? dtype=None, float scale=1.0) -> Tensor");
+  m.def(
+      "block_circ_conv_backward(Tensor grad_output, Tensor x, Tensor w, float scale=1.0) "
+      "-> (Tensor, Tensor)");
 }

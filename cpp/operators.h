@@ -1,11 +1,13 @@
 // The front end, the same for every device: checks, allocates, folds leading dimensions, and hands
 // contiguous tensors to a back end. A back end is a struct with
 //
-//   static void run(const Problem&, Product, const Tensor& a, const Tensor& b, Tensor& out);
+//   static void run(const Problem&, Product, const Tensor& a, const Tensor& b, double scale,
+//                   Tensor& out);
 //   static void backward(const Problem&, const Tensor& g, const Tensor& x, const Tensor& w,
-//                        Tensor& dx, Tensor& dw);
+//                        double scale, Tensor& dx, Tensor& dw);
 //
-// that fills `out`. Operands and results may differ in dtype; tokens >= 1.
+// that fill their results with `scale` times a product. Operands and results may differ in dtype;
+// tokens >= 1.
 
 #pragma once
 
@@ -29,29 +31,28 @@ enum class Product {
 
 template <class Backend>
 struct Operators {
-  static Tensor block_circ_conv(Tensor x, Tensor w) {
+  static Tensor block_circ_conv(Tensor x, Tensor w, double scale) {
     const Problem p = problem_of("block_circ_conv", {"x", x}, w, "n");
-    return over_tokens(p, Product::forward, x, w, p.out_features());
+    return over_tokens(p, Product::forward, x, w, scale, p.out_features());
   }
 
-  static Tensor input_grad(Tensor g, Tensor w) {
+  static Tensor input_grad(Tensor g, Tensor w, double scale) {
     const Problem p = problem_of("block_circ_conv_input_grad", {"grad_output", g}, w, "m");
-    return over_tokens(p, Product::input_grad, g, w, p.in_features());
+    return over_tokens(p, Product::input_grad, g, w, scale, p.in_features());
   }
 
-  static Tensor kernel_grad(Tensor g, Tensor x, int64_t b, std::optional<ScalarType> dtype) {
+  static Tensor kernel_grad(
+      Tensor g, Tensor x, int64_t b, std::optional<ScalarType> dtype, double scale) {
     const char* op = "block_circ_conv_kernel_grad";
     const Problem p = problem_of(op, g, x, b);
-    check(
-        is_supported(dtype.value_or(g.scalar_type())), op,
-        "expected dtype to be float64, float32, bfloat16 or float16");
+    check_supported(op, "dtype", dtype.value_or(g.scalar_type()));
     if (p.tokens == 0) return torch::stable::new_zeros(g, {p.m, p.n, p.b}, dtype);
     Tensor dw = torch::stable::new_empty(g, {p.m, p.n, p.b}, dtype);
-    Backend::run(p, Product::kernel_grad, rows(g), rows(x), dw);
+    Backend::run(p, Product::kernel_grad, contiguous(g), contiguous(x), scale, dw);
     return dw;
   }
 
-  static std::tuple<Tensor, Tensor> backward(Tensor g, Tensor x, Tensor w) {
+  static std::tuple<Tensor, Tensor> backward(Tensor g, Tensor x, Tensor w, double scale) {
     const char* op = "block_circ_conv_backward";
     const Problem p = problem_of(op, {"x", x}, w, "n");
     problem_of(op, {"grad_output", g}, w, "m");
@@ -60,7 +61,7 @@ struct Operators {
     Tensor dx = torch::stable::new_empty(x, sizes(x, p.in_features()));
     if (p.tokens == 0) return {dx, torch::stable::new_zeros(w, {p.m, p.n, p.b})};
     Tensor dw = torch::stable::new_empty(w, {p.m, p.n, p.b});
-    Backend::backward(p, rows(g), rows(x), torch::stable::contiguous(w), dx, dw);
+    Backend::backward(p, contiguous(g), contiguous(x), contiguous(w), scale, dx, dw);
     return {dx, dw};
   }
 
@@ -78,12 +79,13 @@ struct Operators {
     return s;
   }
 
-  static Tensor rows(const Tensor& t) { return torch::stable::contiguous(t); }
+  static Tensor contiguous(const Tensor& t) { return torch::stable::contiguous(t); }
 
   static Tensor over_tokens(
-      const Problem& p, Product product, const Tensor& a, const Tensor& w, int64_t features) {
+      const Problem& p, Product product, const Tensor& a, const Tensor& w, double scale,
+      int64_t features) {
     Tensor out = torch::stable::new_empty(a, sizes(a, features));
-    if (p.tokens > 0) Backend::run(p, product, rows(a), torch::stable::contiguous(w), out);
+    if (p.tokens > 0) Backend::run(p, product, contiguous(a), contiguous(w), scale, out);
     return out;
   }
 };

@@ -13,6 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -42,11 +43,12 @@ inline std::string shape(const Tensor& t) {
 
 inline std::string device(const Tensor& t) {
   if (t.is_cpu()) return "cpu";
-  return "cuda:" + std::to_string(t.get_device_index());
+  const std::string index = std::to_string(t.get_device_index());
+  return (t.is_cuda() ? "cuda:" : "device ") + index;
 }
 
-inline std::string dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline std::string name(ScalarType type) {
+  switch (type) {
     case ScalarType::Bool: return "bool";
     case ScalarType::Byte: return "uint8";
     case ScalarType::Char: return "int8";
@@ -55,7 +57,7 @@ inline std::string dtype(const Tensor& t) {
     case ScalarType::Long: return "int64";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
-    default: return torch::headeronly::toString(t.scalar_type());
+    default: return torch::headeronly::toString(type);
   }
 }
 
@@ -65,9 +67,11 @@ inline bool is_supported(ScalarType type) {
 }
 
 // Sums run in float64 when an operand is float64, in float32 otherwise; results round once.
-inline ScalarType compute_type(const Tensor& a, const Tensor& b) {
-  const bool wide = a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
-  return wide ? ScalarType::Double : ScalarType::Float;
+inline ScalarType compute_type(std::initializer_list<Tensor> operands) {
+  for (const Tensor& t : operands) {
+    if (t.scalar_type() == ScalarType::Double) return ScalarType::Double;
+  }
+  return ScalarType::Float;
 }
 
 struct Problem {
@@ -83,10 +87,14 @@ struct Named {
   const Tensor& tensor;
 };
 
-inline void check_floating(const char* op, const Named& a) {
+inline void check_supported(const char* op, const char* what, ScalarType type) {
   check(
-      is_supported(a.tensor.scalar_type()), op, "expected ", a.name,
-      " to be float64, float32, bfloat16 or float16, got ", dtype(a.tensor));
+      is_supported(type), op, "expected ", what,
+      " to be float64, float32, bfloat16 or float16, got ", name(type));
+}
+
+inline void check_floating(const char* op, const Named& a) {
+  check_supported(op, a.name, a.tensor.scalar_type());
 }
 
 inline void check_same_device(const char* op, const Named& a, const Named& b) {

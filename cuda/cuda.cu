@@ -64,7 +64,8 @@ class Call {
   }
 
   // a^ and b^ as Product's table has them -> out
-  void contract(Product which, const Tensor& a_hat, const Tensor& b_hat, Tensor& out) {
+  void contract(
+      Product which, const Tensor& a_hat, const Tensor& b_hat, double scale, Tensor& out) {
     const int64_t t = p_.tokens, m = p_.m, n = p_.n;
     Factor fa, fb;
     Sizes sizes;
@@ -97,7 +98,7 @@ class Call {
     plan.inverse(data<Complex<Real>>(out_hat), data<Real>(real));
     with_type(out.scalar_type(), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      const Real factor = Real(1) / static_cast<Real>(p_.b);
+      const Real factor = static_cast<Real>(scale / static_cast<double>(p_.b));
       C3A_LAUNCH(
           (store<T, Real>), grid_for(size), kThreads, stream_, data<Real>(real), data<T>(out), size,
           factor);
@@ -126,26 +127,29 @@ void with_real(ScalarType type, const F& f) {
 }
 
 struct Cuda {
-  static void run(const Problem& p, Product which, const Tensor& a, const Tensor& b, Tensor& out) {
+  static void run(
+      const Problem& p, Product which, const Tensor& a, const Tensor& b, double scale,
+      Tensor& out) {
     const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-    with_real(compute_type(a, b), [&](auto* type) {
+    with_real(compute_type({a, b}), [&](auto* type) {
       Call<std::remove_pointer_t<decltype(type)>> call(p, a);
       const int64_t a_blocks = which == Product::forward ? p.n : p.m;
       const int64_t b_rows = which == Product::kernel_grad ? p.tokens : p.m;
       const Tensor a_hat = call.spectra(a, p.tokens, a_blocks);
       const Tensor b_hat = call.spectra(b, b_rows, p.n);
-      call.contract(which, a_hat, b_hat, out);
+      call.contract(which, a_hat, b_hat, scale, out);
     });
   }
 
   static void backward(
-      const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, Tensor& dx, Tensor& dw) {
+      const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
+      Tensor& dw) {
     const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
-    with_real(compute_type(x, w), [&](auto* type) {
+    with_real(compute_type({g, x, w}), [&](auto* type) {
       Call<std::remove_pointer_t<decltype(type)>> call(p, g);
       const Tensor g_hat = call.spectra(g, p.tokens, p.m);
-      call.contract(Product::input_grad, g_hat, call.spectra(w, p.m, p.n), dx);
-      call.contract(Product::kernel_grad, g_hat, call.spectra(x, p.tokens, p.n), dw);
+      call.contract(Product::input_grad, g_hat, call.spectra(w, p.m, p.n), scale, dx);
+      call.contract(Product::kernel_grad, g_hat, call.spectra(x, p.tokens, p.n), scale, dw);
     });
   }
 };

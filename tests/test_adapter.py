@@ -60,6 +60,11 @@ PATCHES = {
     "head": (["query"], 6, {"modules_to_save": ["classifier"]}),
     "own scale": (["mlp"], 6, {"scale": 0.37}),
     "all-linear": ("all-linear", "auto", {"modules_to_save": ["classifier"]}),
+    "names that end in others": (
+        ["mlp", "0.query", "classifier"],
+        {"classifier": 2, "mlp": 3, "query": 4},
+        {},
+    ),
     "regex": (r"blocks\.[02]\.(query|out)", 3, {}),
 }
 PATCHES["several sizes"][1][r"blocks\.2\.out"] = 12
@@ -219,16 +224,21 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-@pytest.mark.parametrize("patched", [False, True])
+# For a model that is patched already, its own patch stands for the configuration's.
+OF_THE_CONFIGURATION = ("another model", "no targets", "block size")
+
+
+@pytest.mark.parametrize(
+    ("name", "patched"),
+    [(name, False) for name in DAMAGES]
+    + [(name, True) for name in DAMAGES if name not in OF_THE_CONFIGURATION],
+)
 def test_a_damaged_adapter_is_named_and_changes_nothing(name, patched, tmp_path):
     damage, message = DAMAGES[name]
     damage(tmp_path, saved(tmp_path))
     model = Model()
     if patched:
         c3a.patch_model(model, ["query"], 6, modules_to_save=["classifier"])
-        if name in ("another model", "no targets", "block size"):
-            return  # the model's own patch stands for the configuration's
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     trainable = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match=message):
@@ -275,6 +285,61 @@ def test_models_that_cannot_be_saved_or_loaded_into_say_why(tmp_path):
     c3a.merge(model)
     with pytest.raises(ValueError, match="the model is merged"):
         c3a.load_adapter(model, tmp_path)
+
+
+def test_block_sizes_of_layers_whose_names_end_in_those_of_others(tmp_path):
+    def model():
+        torch.manual_seed(3)
+        return nn.ModuleDict(
+            {
+                "a": nn.Linear(8, 8),
+                "sub": nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}),
+            }
+        )
+
+    patched = trained(c3a.patch_model(model(), "all-linear", {r"sub\.\w": 8, "a": 4}))
+    c3a.save_adapter(patched, tmp_path)
+    loaded = c3a.load_adapter(model(), tmp_path).state_dict()
+    theirs = peft.inject_adapter_in_model(peft.C3AConfig.from_pretrained(tmp_path), model())
+    for name, tensor in patched.state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+        if name.endswith("c3a_kernel"):
+            assert theirs.get_submodule(name)["default"].shape == tensor.shape
+
+
+@pytest.mark.parametrize("kind", ["Sequence", "Token"])
+def test_adapters_for_classifiers_of_transformers_come_over_from_peft(kind, tmp_path):
+    import transformers
+
+    def model():
+        torch.manual_seed(5)
+        config = transformers.BertConfig(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            vocab_size=50,
+        )
+        return getattr(transformers, f"BertFor{kind}Classification")(config).eval()
+
+    task = {"Sequence": "SEQ_CLS", "Token": "TOKEN_CLS"}[kind]
+    config = peft.C3AConfig(target_modules=["query", "value"], block_size=12, task_type=task)
+    theirs = trained(peft.get_peft_model(model(), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.arange(12).view(2, 6)
+    ours = c3a.load_adapter(model(), tmp_path)
+    expected = theirs(tokens).logits
+    torch.testing.assert_close(ours(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    c3a.save_adapter(ours, tmp_path / "again", task_type=task)
+    back = peft.PeftModel.from_pretrained(model(), tmp_path / "again").eval()
+    torch.testing.assert_close(back(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_trained_and_not_saved_is_named(tmp_path):
+    model = c3a.patch_model(Model(), ["query"], 6)
+    model.classifier.requires_grad_(True)
+    with pytest.warns(UserWarning, match="not saved, though trainable: classifier.weight, class"):
+        c3a.save_adapter(model, tmp_path)
 
 
 def test_padded_layers_save_and_load_here(tmp_path):

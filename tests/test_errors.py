@@ -59,13 +59,28 @@ BAD = [
     ),
     (
         "block_circ_conv_kernel_grad",
+        [of(2, 2), of(2, 12), 4],
+        "expected grad_output.size(-1) to be a positive multiple of block_size = 4, got 2",
+    ),
+    (
+        "block_circ_conv_kernel_grad",
+        [of(2, 8, dtype=torch.bool), of(2, 12), 4],
+        "expected grad_output to be float64, float32, bfloat16 or float16, got bool",
+    ),
+    (
+        "block_circ_conv_backward",
+        [of(2, 12), of(2, 12), of(2, 3, 4)],
+        "expected grad_output.size(-1) == m * b = 8 for a kernel of shape (2, 3, 4), got 12",
+    ),
+    (
+        "block_circ_conv_kernel_grad",
         [of(2, 8), of(2, 12), 0],
         "expected block_size >= 1, got 0",
     ),
     (
         "block_circ_conv_kernel_grad",
         [of(2, 8), of(2, 12), 4, torch.int32],
-        "expected dtype to be float64, float32, bfloat16 or float16",
+        "expected dtype to be float64, float32, bfloat16 or float16, got int32",
     ),
     (
         "block_circ_conv_backward",

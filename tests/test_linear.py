@@ -27,6 +27,19 @@ def dense(layer, x):
     return x.double() @ matrix.T + base.bias.double()
 
 
+def test_float16_neither_overflows_before_the_scale_nor_loses_gradients_after_it():
+    layer = adapted(4096, 4096, 4096, base_dtype=torch.float16)
+    with torch.no_grad():
+        layer.c3a_kernel.fill_(4)
+        layer.base_layer.weight.zero_()
+    x = torch.full((2, 4096), 8.0, dtype=torch.float16, requires_grad=True)
+    y = layer(x) - layer.bias
+    torch.testing.assert_close(y, torch.full_like(y, 32.0), rtol=1e-2, atol=0)
+    (dw,) = torch.autograd.grad(y, layer.c3a_kernel, torch.full_like(y, 1e-4))
+    expected = 2 * 4096 * 8 * torch.tensor(1e-4).half().item() / 4096
+    torch.testing.assert_close(dw, torch.full_like(dw, expected), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("scale", [None, 0.25])
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
@@ -171,8 +184,10 @@ def test_a_merged_layer_moves_and_converts_with_its_original_weight():
     layer = adapted()
     original = layer.weight.detach().clone()
     layer.merge()
+    parameter = layer._set_aside[0]
     layer.to(torch.float64)
     layer.unmerge()
+    assert layer.weight is parameter  # the object, lest a tie is broken
     assert layer.weight.dtype == torch.float64
     assert torch.equal(layer.weight, original.double())
 
@@ -211,6 +226,7 @@ def test_repr_tells_sizes_scale_and_state():
             r"these do: 1, 2, 4 \(or pass pad=True\)",
         ),
         ({"block_size": 0}, "expected block_size to be an integer >= 1, got 0"),
+        ({"block_size": True}, "expected block_size to be an integer >= 1, got True"),
         ({"block_size": 2.0}, "expected block_size to be an integer >= 1, got 2.0"),
         ({"scale": 0.0}, "expected a finite scale other than 0, got 0.0"),
         ({"scale": float("nan")}, "expected a finite scale other than 0, got nan"),
@@ -227,7 +243,7 @@ def test_bad_arguments_are_named_and_leave_the_base_layer_as_it_was(options, mes
 def test_modules_without_features_and_odd_dtypes_are_named():
     with pytest.raises(TypeError, match="expected a layer with in_features .* got LayerNorm"):
         c3a.C3ALinear(nn.LayerNorm(4), 2)
-    with pytest.raises(TypeError, match="expected a floating-point dtype, got torch.int64"):
+    with pytest.raises(TypeError, match="expected one of .*, got dtype torch.int64"):
         c3a.C3ALinear(nn.Linear(4, 4), 2, dtype=torch.int64)
 
 

@@ -106,6 +106,33 @@ def test_dtypes_may_differ_and_results_follow_their_own_operand(x_dtype, w_dtype
         assert relative_error(result.detach().cpu(), expected) < TOLERANCE[result.dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_scale_is_a_factor_of_every_result_before_it_is_rounded(dtype, device):
+    x, w, g = operands((9,), 2, 3, 16, dtype=dtype, device=device)
+    y, dx, dw = dense_results(x, w, g)
+    x.requires_grad_()
+    w.requires_grad_()
+    scale = 1 / 768
+    got = c3a.block_circ_conv(x, w, scale)
+    results = [(got, y)]
+    results += zip(torch.autograd.grad(got, (x, w), g, retain_graph=True), (dx, dw), strict=True)
+    results += [(torch.autograd.grad(got, x, g, retain_graph=True)[0], dx)]
+    results += [(torch.autograd.grad(got, w, g)[0], dw)]
+    for result, expected in results:
+        error = relative_error(result.detach().cpu(), expected * scale)
+        assert error < 2 * TOLERANCE[dtype]  # float16: subnormal numbers
+
+
+def test_a_gradient_in_float64_is_not_computed_in_float32(device):
+    x, w, g = operands((9,), 2, 3, 16, device=device)
+    x, w = x.float(), w.float()
+    expected = torch.ops.c3a.block_circ_conv_backward(g, x.double(), w.double())
+    got = torch.ops.c3a.block_circ_conv_backward(g, x, w)
+    for result, exact in zip(got, expected, strict=True):
+        assert result.dtype == torch.float32
+        assert relative_error(result.cpu(), exact.cpu()) < 1e-7
+
+
 def test_a_kernel_gradient_is_not_rounded_to_the_dtype_of_the_activations(device):
     x, _, g = operands((64,), 1, 2, 32, dtype=torch.bfloat16, device=device)
     expected = dense_results(x, torch.zeros(1, 2, 32), g)[2]

@@ -116,7 +116,10 @@ def test_auto_takes_the_common_divisor_nearest_to_the_geometric_mean_over_rank(
         (["query"], 6, {"modules_to_save": ["head"]}, ValueError, "no module is named 'head'"),
         (["query"], 6, {"modules_to_save": "up"}, TypeError, "to be a list of names, got 'up'"),
         (["query"], 6, {"init": "ones"}, ValueError, "expected init to be one of"),
-        (["query"], 6, {"dtype": torch.int8}, TypeError, "expected a floating-point dtype"),
+        (["query"], 6, {"dtype": torch.int8}, TypeError, "expected one of .* got dtype torch.int8"),
+        ("*.query", 6, {}, ValueError, r"'\*.query' is not a regular expression"),
+        (["query"], "auto", {"rank": 0}, ValueError, "expected rank >= 1, got 0"),
+        (["query"], "Auto", {}, ValueError, "a mapping from names to numbers, or 'auto', got"),
     ],
 )
 def test_failures_say_what_there_is_and_leave_the_model_as_it_was(
@@ -136,6 +139,23 @@ def test_patching_twice_is_an_error():
     with pytest.raises(ValueError, match="patched already"):
         c3a.patch_model(model, ["value"], 6)
     assert snapshot(model) == before
+
+
+def test_a_model_that_is_itself_a_layer_is_told_what_to_do():
+    with pytest.raises(
+        ValueError, match=r"is itself a layer, a Linear; wrap it with c3a.C3ALinear"
+    ):
+        c3a.patch_model(nn.Linear(4, 4), "all-linear", 2)
+
+
+def test_a_compiled_model_is_patched_and_unpatched_inside():
+    inner = Model()
+    before = snapshot(inner)
+    model = torch.compile(inner)
+    assert c3a.patch_model(model, ["query"], 6) is model
+    assert [layer.name for layer in c3a.summary(model).layers] == QUERIES
+    assert c3a.unpatch_model(model) is model
+    assert snapshot(inner) == before
 
 
 def test_layers_that_their_owner_reads_instead_of_calling_are_refused():

@@ -14,15 +14,18 @@ OPS = torch.ops.c3a
 SMALL = [((2,), 2, 1, 1), ((3,), 1, 2, 2), ((2, 2), 2, 3, 5), ((3,), 3, 2, 4), ((), 2, 2, 6)]
 
 
-def every_operator(shape, device, requires_grad=True):
+def every_operator(shape, device):
     """Return (function, arguments) of each operator, the arguments being tensors only."""
-    x, w, g = (t.requires_grad_(requires_grad) for t in operands(*shape, device=device))
-    b = w.shape[-1]
+    x, w, g = (t.requires_grad_() for t in operands(*shape, device=device))
+    b, scale = w.shape[-1], 0.7
     return {
-        "forward": (OPS.block_circ_conv, (x, w)),
-        "input_grad": (OPS.block_circ_conv_input_grad, (g, w)),
-        "kernel_grad": (lambda g, x: OPS.block_circ_conv_kernel_grad(g, x, b), (g, x)),
-        "backward": (OPS.block_circ_conv_backward, (g, x, w)),
+        "forward": (lambda x, w: OPS.block_circ_conv(x, w, scale), (x, w)),
+        "input_grad": (lambda g, w: OPS.block_circ_conv_input_grad(g, w, scale), (g, w)),
+        "kernel_grad": (
+            lambda g, x: OPS.block_circ_conv_kernel_grad(g, x, b, None, scale),
+            (g, x),
+        ),
+        "backward": (lambda g, x, w: OPS.block_circ_conv_backward(g, x, w, scale), (g, x, w)),
     }
 
 
@@ -60,17 +63,21 @@ def test_opcheck_passes_for_every_operator(dtype, device):
         (OPS.block_circ_conv_kernel_grad, (g, x, 4)),
         (OPS.block_circ_conv_kernel_grad, (g, x, 4, torch.float32)),
         (OPS.block_circ_conv_backward, (g, x, w)),
+        (OPS.block_circ_conv, (x, w, 0.5)),
+        (OPS.block_circ_conv_input_grad, (g, w, 0.5)),
+        (OPS.block_circ_conv_kernel_grad, (g, x, 4, None, 0.5)),
+        (OPS.block_circ_conv_backward, (g, x, w, 0.5)),
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)
 
 
 def ours(x, w):
-    return c3a.block_circ_conv(x, w).sin().sum()
+    return c3a.block_circ_conv(x, w, 0.3).sin().sum()
 
 
 def dense(x, w):
-    return (x @ c3a.circulant(w).T).sin().sum()
+    return (0.3 * x @ c3a.circulant(w).T).sin().sum()
 
 
 TRANSFORMS = {
@@ -99,7 +106,7 @@ def test_transforms_of_torch_func_equal_those_of_the_dense_definition(name, devi
     torch.testing.assert_close(transform(ours, x, w), transform(dense, x, w))
 
 
-@pytest.mark.parametrize("in_dims", [(0, 0, 0), (None, 0, 1), (0, None, None), (None, None, 0)])
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (None, 0, 1), (0, None, None), (None, None, 3)])
 def test_vmap_of_the_pair_of_gradients(in_dims, device):
     x, w, g = operands((3,), 2, 3, 4, device=device)
     batched = [

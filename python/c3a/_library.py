@@ -14,7 +14,10 @@ def _libraries(pattern: str) -> list[Path]:
 
 
 def cuda_library() -> tuple[Path | None, str]:
-    """Return the CUDA library that this torch can load, or None, and the reason in words."""
+    """Return the CUDA library that this torch can load, or None, and the reason in words.
+
+    Without it, CUDA tensors go through ATen's FFTs, as every device's do that has no library.
+    """
     if torch.version.cuda is None:
         return None, "this torch is built without CUDA"
     major = torch.version.cuda.split(".")[0]

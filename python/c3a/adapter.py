@@ -8,6 +8,7 @@ kernel that is stored.
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .patch import (
     matches,
     modules_to_save,
     plan_patch,
+    unwrapped,
 )
 
 WEIGHTS = "adapter_model.safetensors"
@@ -51,7 +53,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     Raises:
         ValueError: the model has no adapted layer, or layers that are wrapped twice.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("c3a.save_adapter: the model has no C3ALinear layer; patch it first")
@@ -69,6 +71,17 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     for name in saved:
         for key, tensor in model.get_submodule(name).state_dict().items():
             tensors[f"{_PREFIX}{name}.{key}"] = tensor
+    left_out = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and f"{_PREFIX}{name}" not in tensors
+    ]
+    if left_out:
+        warnings.warn(
+            f"c3a.save_adapter: not saved, though trainable: {', '.join(left_out[:5])}"
+            f"{', ...' if len(left_out) > 5 else ''}; name their modules in modules_to_save",
+            stacklevel=2,
+        )
     # Clones: safetensors takes no memory that two tensors share.
     tensors = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
     config = json.dumps(_config_of(model, layers, saved, task_type), indent=2, sort_keys=True)
@@ -97,7 +110,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         ValueError: another kind of adapter, keys that are missing or unknown, shapes that differ,
             or an adapter for another model; the message names them. The model is then as it was.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     folder = Path(folder)
     config = read_config(folder)
     tensors = read_tensors(folder)
@@ -175,23 +188,11 @@ def _from_stored(stored: Tensor, layer: C3ALinear) -> Tensor:
     return stored / (layer.scale * layer.in_features)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside ``torch.compile``'s and data parallelism's wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
 def _config_of(
     model: nn.Module, layers: Mapping[str, C3ALinear], saved: tuple[str, ...], task_type: str | None
 ) -> dict:
     sizes = {name: layer.block_size for name, layer in layers.items()}
-    values = list(sizes.values())
-    usual = max(set(values), key=values.count)
+    usual, pattern = _block_sizes_of(sizes)
     inits = {layer.init for layer in layers.values()}
     init = inits.pop() if len(inits) == 1 else "zeros"
     return {
@@ -199,7 +200,7 @@ def _config_of(
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "bias": "none",
         "block_size": usual,
-        "block_size_pattern": {name: size for name, size in sizes.items() if size != usual},
+        "block_size_pattern": pattern,
         "inference_mode": True,
         "init_weights": _INIT_WEIGHTS.get(init, init),
         "layers_pattern": None,
@@ -210,6 +211,28 @@ def _config_of(
         "target_modules": _targets_of(model, set(layers)),
         "task_type": task_type,
     }
+
+
+def _block_sizes_of(sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """Return the default and the pattern that mean these block sizes to PEFT and here.
+
+    A name in the pattern is also a regular expression for the ends of longer names, so not every
+    choice of the default will do.
+    """
+
+    def meant(name: str, usual: int, pattern: dict[str, int]) -> set[int | None]:
+        theirs = next((key for key in pattern if re.match(rf".*\.{key}$", name)), name)
+        return {pattern.get(theirs, usual), block_size_from_pattern(pattern, name) or usual}
+
+    values = list(sizes.values())
+    for usual in sorted(set(values), key=lambda size: (-values.count(size), size)):
+        pattern = {name: size for name, size in sizes.items() if size != usual}
+        if all(meant(name, usual, pattern) == {size} for name, size in sizes.items()):
+            return usual, pattern
+    raise ValueError(
+        "c3a.save_adapter: PEFT's configuration cannot tell these block sizes apart, as some names "
+        f"end in others: {dict(sizes)}"
+    )
 
 
 def _targets_of(model: nn.Module, adapted: set[str]) -> list[str] | str:
@@ -240,7 +263,12 @@ def _plan_of(model: nn.Module, config: Mapping) -> PatchPlan:
     def chosen_size(name: str) -> int:
         return block_size_from_pattern(pattern, name) or default
 
-    saved = config.get("modules_to_save") or ()
+    # PEFT lists every usual name of a head; which of them there are, the tensors tell.
+    saved = [
+        name
+        for name in config.get("modules_to_save") or ()
+        if any(matches([name], module) for module, _ in model.named_modules() if module)
+    ]
     meant = "all-linear" if targets == "all-linear" else is_target
     try:
         any_size = plan_patch(model, meant, 1, modules_to_save=saved)

@@ -1,7 +1,6 @@
 """Files and folders that are written whole or not at all."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,21 +37,32 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
             name.unlink(missing_ok=True)
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` with a new folder beside ``folder``, then move what it wrote into place.
+def check_free(folder: Path, marker: str | None = None) -> None:
+    """Raise ValueError unless a folder is new, empty, or an earlier output with ``marker``."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"expected the output to be a folder, {folder} is a file")
+    if marker is None or not (folder / marker).is_file():
+        raise ValueError(f"expected the output to be a new or empty folder, {folder} has files")
 
-    Files of the same names that ``folder`` holds already are replaced, others stay.
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with a new folder beside ``folder``, then put it in ``folder``'s place.
+
+    What was there before is removed last. A failure or Ctrl-C leaves it as it was.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-        fresh = Path(name) / "whole"
+        fresh, old = Path(name) / "fresh", Path(name) / "old"
         fresh.mkdir()
         write(fresh)
-        if not folder.exists():
+        if folder.exists():
+            folder.replace(old)
+        try:
             fresh.replace(folder)
-            return
-        for path in sorted(fresh.iterdir()):
-            if path.is_dir() and (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
-            path.replace(folder / path.name)
+        except BaseException:
+            if old.exists():
+                old.replace(folder)
+            raise

@@ -1,12 +1,13 @@
 """C3ALinear: a frozen layer plus a block-circulant adapter."""
 
 import math
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import block_circ_conv
+from .ops import SUPPORTED_DTYPES, block_circ_conv
 from .reference import circulant
 
 INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "gaussian")
@@ -33,7 +34,7 @@ def common_divisors(in_features: int, out_features: int) -> list[int]:
 
 def check_block_size(block_size: int, in_features: int, out_features: int, pad: bool) -> None:
     """Raise ValueError, with the sizes that would do, unless ``block_size`` fits the layer."""
-    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+    if not isinstance(block_size, Integral) or isinstance(block_size, bool) or block_size < 1:
         raise ValueError(f"expected block_size to be an integer >= 1, got {block_size!r}")
     if not pad and (in_features % block_size or out_features % block_size):
         fits = ", ".join(str(b) for b in common_divisors(in_features, out_features))
@@ -72,7 +73,7 @@ class C3ALinear(nn.Module):
     kernel.
 
     Raises:
-        TypeError: ``base_layer`` has no in and out features, or ``dtype`` is not floating-point.
+        TypeError: ``base_layer`` has no in and out features, or the operator has no such ``dtype``.
         ValueError: the block size does not fit, or ``scale`` or ``init`` is out of range.
 
     Source: C3A (arXiv:2407.19342), section 3.4. ``scale`` is the PEFT library's.
@@ -95,8 +96,8 @@ class C3ALinear(nn.Module):
                 "c3a.C3ALinear: expected a layer with in_features and out_features, got "
                 f"{type(base_layer).__name__}"
             )
-        if not dtype.is_floating_point:
-            raise TypeError(f"c3a.C3ALinear: expected a floating-point dtype, got {dtype}")
+        if dtype not in SUPPORTED_DTYPES:
+            raise TypeError(f"c3a.C3ALinear: expected one of {SUPPORTED_DTYPES}, got dtype {dtype}")
         self.in_features, self.out_features = sizes
         try:
             check_block_size(block_size, *sizes, pad)
@@ -109,7 +110,7 @@ class C3ALinear(nn.Module):
             raise ValueError(f"c3a.C3ALinear: expected a finite scale other than 0, got {scale}")
 
         self.base_layer = base_layer
-        self.block_size = block_size
+        self.block_size = block_size = int(block_size)
         self.scale = scale
         self.init = init
         shape = (-(-self.out_features // block_size), -(-self.in_features // block_size))
@@ -150,10 +151,11 @@ class C3ALinear(nn.Module):
         if self.merged or not self.enabled:
             return y
         more_in, more_out = self._pad
-        delta = block_circ_conv(F.pad(x, (0, more_in)) if more_in else x, self.c3a_kernel)
+        x = F.pad(x, (0, more_in)) if more_in else x
+        delta = block_circ_conv(x, self.c3a_kernel, self.scale)
         if more_out:
             delta = delta[..., : self.out_features]
-        return torch.add(y, delta.to(y.dtype), alpha=self.scale)
+        return y + delta.to(y.dtype)
 
     # Code outside that reads a layer's weight for its dtype or device finds the base layer's.
     @property
@@ -245,9 +247,8 @@ class C3ALinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         with torch.no_grad():
-            self._set_aside = [
-                nn.Parameter(fn(weight), requires_grad=False) for weight in self._set_aside
-            ]
+            for weight in self._set_aside:
+                weight.data = fn(weight.data)
         return self
 
     def extra_repr(self) -> str:

@@ -6,6 +6,8 @@ bilinear, and the derivative of each is made of the other two (DESIGN.md, "Gradi
     F: dx = I(g, w)   dw = K(g, x)
     I: dg = F(h, w)   dw = K(g, h)      for h, the gradient that arrives at I's result
     K: dg = F(x, v)   dx = I(g, v)      for v, the gradient that arrives at K's result
+
+A factor, ``scale``, passes through all of them unchanged.
 """
 
 from typing import NamedTuple
@@ -18,18 +20,19 @@ from torch.autograd.function import _SingleLevelFunction
 
 _OPS = torch.ops.c3a
 _LIBRARY = torch.library.Library("c3a", "FRAGMENT")
-_SUPPORTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def block_circ_conv(x: Tensor, w: Tensor) -> Tensor:
+def block_circ_conv(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     """Multiply every token by a block-circulant matrix.
 
-    Equivalent to ``x @ c3a.circulant(w).T``, in ``O(b log b)`` per pair of blocks by real FFTs:
+    Equivalent to ``scale * x @ c3a.circulant(w).T``, by real FFTs in ``O(b log b)`` a block:
     ``y_i = sum_j C(w_ij) x_j`` with ``C(w)[u, t] = w[(t - u) % b]``.
 
     Args:
         x: activations of shape ``(..., n*b)``: float64, float32, bfloat16 or float16.
         w: kernel of shape ``(m, n, b)``, any of these dtypes, on the same device.
+        scale: factor of the result, applied before it is rounded to ``x``'s dtype.
 
     Returns:
         ``y`` of shape ``(..., m*b)``, contiguous, in ``x``'s dtype. Sums run in float32 (float64 if
@@ -49,7 +52,7 @@ def block_circ_conv(x: Tensor, w: Tensor) -> Tensor:
     >>> block_circ_conv(torch.tensor([1.0, 0.0, 0.0]), w)
     tensor([1., 3., 2.])
     """
-    return _OPS.block_circ_conv(x, w)
+    return _OPS.block_circ_conv(x, w, scale)
 
 
 # Shape rules for fake tensors. cpp/problem.h states the same for real ones, in the same words.
@@ -64,22 +67,19 @@ def _shape(t: Tensor) -> str:
     return f"({sizes},)" if t.dim() == 1 else f"({sizes})"
 
 
-def _check_floating(op: str, name: str, t: Tensor) -> None:
+def _check_supported(op: str, what: str, dtype: torch.dtype) -> None:
     expected = "float64, float32, bfloat16 or float16"
-    got = str(t.dtype).removeprefix("torch.")
-    _check(op, t.dtype in _SUPPORTED, lambda: f"expected {name} to be {expected}, got {got}")
+    got = str(dtype).removeprefix("torch.")
+    _check(op, dtype in SUPPORTED_DTYPES, lambda: f"expected {what} to be {expected}, got {got}")
+
+
+def _check_floating(op: str, name: str, t: Tensor) -> None:
+    _check_supported(op, name, t.dtype)
 
 
 def _check_same_device(op: str, a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
-    _check(
-        op,
-        a.device == b.device,
-        lambda: f"expected {a_name} and {b_name} on one device, got {_device(a)} and {_device(b)}",
-    )
-
-
-def _device(t: Tensor) -> str:
-    return str(t.device)
+    rule = f"{a_name} and {b_name} on one device"
+    _check(op, a.device == b.device, lambda: f"expected {rule}, got {a.device} and {b.device}")
 
 
 def _check_tokens(op: str, name: str, t: Tensor) -> None:
@@ -118,18 +118,18 @@ def _check_operands(op: str, name: str, a: Tensor, w: Tensor, blocks: str) -> No
     )
 
 
-def _fake_forward(x: Tensor, w: Tensor) -> Tensor:
+def _fake_forward(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     _check_operands("block_circ_conv", "x", x, w, "n")
     return x.new_empty((*x.shape[:-1], w.shape[0] * w.shape[2]))
 
 
-def _fake_input_grad(g: Tensor, w: Tensor) -> Tensor:
+def _fake_input_grad(g: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     _check_operands("block_circ_conv_input_grad", "grad_output", g, w, "m")
     return g.new_empty((*g.shape[:-1], w.shape[1] * w.shape[2]))
 
 
 def _fake_kernel_grad(
-    g: Tensor, x: Tensor, block_size: int, dtype: torch.dtype | None = None
+    g: Tensor, x: Tensor, block_size: int, dtype: torch.dtype | None = None, scale: float = 1.0
 ) -> Tensor:
     op = "block_circ_conv_kernel_grad"
     _check_floating(op, "grad_output", g)
@@ -145,13 +145,12 @@ def _fake_kernel_grad(
         right = features >= block_size and features % block_size == 0
         _check(op, right, lambda rule=rule, got=features: f"expected {rule}, got {got}")
     dtype = dtype or g.dtype
-    expected = "float64, float32, bfloat16 or float16"
-    _check(op, dtype in _SUPPORTED, lambda: f"expected dtype to be {expected}")
+    _check_supported(op, "dtype", dtype)
     shape = (g.shape[-1] // block_size, x.shape[-1] // block_size, block_size)
     return g.new_empty(shape, dtype=dtype)
 
 
-def _fake_backward(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_backward(g: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     op = "block_circ_conv_backward"
     _check_operands(op, "x", x, w, "n")
     _check_operands(op, "grad_output", g, w, "m")
@@ -160,29 +159,42 @@ def _fake_backward(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), w.new_empty(w.shape)
 
 
-# Derivatives: (wanted, gradient of the result, a, b, block size, dtypes of a and b) -> (da, db),
-# with None for what is not wanted. An operand that no wanted gradient needs is not saved: it comes
-# as None.
+# Derivatives, with None for what is not wanted. An operand that no wanted gradient needs is not
+# saved: it comes as None.
 
 
-def _vjp_forward(wanted, h, x, w, block_size, dtypes):
-    if all(wanted):
-        return _OPS.block_circ_conv_backward(h, x, w)
-    if wanted[0]:
-        return _OPS.block_circ_conv_input_grad(h, w), None
-    return None, _OPS.block_circ_conv_kernel_grad(h, x, block_size, dtypes[1])
+class _Facts(NamedTuple):
+    """What a derivative needs to know beside the tensors."""
+
+    wanted: tuple[bool, bool]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    block_size: int
+    scale: float
 
 
-def _vjp_input_grad(wanted, h, g, w, block_size, dtypes):
-    dg = _OPS.block_circ_conv(h, w) if wanted[0] else None
-    dw = _OPS.block_circ_conv_kernel_grad(g, h, block_size, dtypes[1]) if wanted[1] else None
+def _vjp_forward(h, x, w, facts):
+    if all(facts.wanted):
+        return _OPS.block_circ_conv_backward(h, x, w, facts.scale)
+    if facts.wanted[0]:
+        return _OPS.block_circ_conv_input_grad(h, w, facts.scale), None
+    return None, _kernel_grad(h, x, facts)
+
+
+def _vjp_input_grad(h, g, w, facts):
+    dg = _OPS.block_circ_conv(h, w, facts.scale) if facts.wanted[0] else None
+    dw = _kernel_grad(g, h, facts) if facts.wanted[1] else None
     return dg, dw
 
 
-def _vjp_kernel_grad(wanted, v, g, x, block_size, dtypes):
-    dg = _OPS.block_circ_conv(x, v).to(dtypes[0]) if wanted[0] else None
-    dx = _OPS.block_circ_conv_input_grad(g, v).to(dtypes[1]) if wanted[1] else None
+def _vjp_kernel_grad(v, g, x, facts):
+    of_g, of_x = facts.dtypes
+    dg = _OPS.block_circ_conv(x, v, facts.scale).to(of_g) if facts.wanted[0] else None
+    dx = _OPS.block_circ_conv_input_grad(g, v, facts.scale).to(of_x) if facts.wanted[1] else None
     return dg, dx
+
+
+def _kernel_grad(g, x, facts):
+    return _OPS.block_circ_conv_kernel_grad(g, x, facts.block_size, facts.dtypes[1], facts.scale)
 
 
 class _Call(NamedTuple):
@@ -208,8 +220,11 @@ def _has_tangent(*tensors: Tensor) -> bool:
     )
 
 
-def _autograd_rule(op, vjp):
+def _autograd_rule(op, vjp, defaults):
     """Return the Autograd kernel of a bilinear operator ``op(a, b, *constants)``.
+
+    ``defaults`` are the constants' default values, which the dispatcher leaves out; the last
+    constant is the scale, and the first of several is the block size.
 
     The dispatcher calls it at one level of ``torch.func``'s transforms at a time, which is what a
     single-level function records; the public ``Function`` would start over at the top level.
@@ -220,8 +235,8 @@ def _autograd_rule(op, vjp):
         def forward(ctx, call, a, b, *constants):
             needs_a, needs_b = ctx.needs_input_grad[1:3]
             ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
-            ctx.block_size = constants[0] if constants else b.shape[-1]
-            ctx.dtypes = a.dtype, b.dtype
+            block_size = constants[0] if len(constants) > 1 else b.shape[-1]
+            ctx.facts = _Facts((needs_a, needs_b), (a.dtype, b.dtype), block_size, constants[-1])
             if call.is_dual:
                 ctx.save_for_forward(a, b)
                 ctx.constants = constants
@@ -232,10 +247,10 @@ def _autograd_rule(op, vjp):
 
         @staticmethod
         def backward(ctx, h):
-            wanted = ctx.needs_input_grad[1:3]
+            facts = ctx.facts._replace(wanted=ctx.needs_input_grad[1:3])
             # A backward pass may run within an autocast region; gradients keep their dtypes.
             with torch.autocast(h.device.type, enabled=False):
-                da, db = vjp(wanted, h, *ctx.saved_tensors, ctx.block_size, ctx.dtypes)
+                da, db = vjp(h, *ctx.saved_tensors, facts)
             return (None, da, db, *(None for _ in ctx.needs_input_grad[3:]))
 
         @staticmethod
@@ -248,6 +263,7 @@ def _autograd_rule(op, vjp):
             return from_a + from_b
 
     def kernel(keyset, a, b, *constants):
+        constants = (*constants, *defaults[len(constants) :])
         is_dual = _has_tangent(a, b)
         if is_dual or _needs_graph(a, b):
             call = _Call(keyset, is_dual, torch.is_grad_enabled())
@@ -258,16 +274,12 @@ def _autograd_rule(op, vjp):
     return kernel
 
 
-def _backward_autograd_rule(keyset, g, x, w):
-    """The pair shares one transform of ``g``; where a graph is wanted, it is its two halves."""
+def _backward_autograd_rule(keyset, g, x, w, scale=1.0):
+    """Share one transform of ``g``, or where a graph is wanted, differentiate the two halves."""
     if _needs_graph(g, x, w) or _has_tangent(g, x, w):
-        return _backward_by_halves(g, x, w)
-    return _redispatch(_OPS.block_circ_conv_backward.default, keyset, (g, x, w))
-
-
-def _backward_by_halves(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    dx = _OPS.block_circ_conv_input_grad(g, w).to(x.dtype)
-    return dx, _OPS.block_circ_conv_kernel_grad(g, x, w.shape[-1], w.dtype)
+        dx = _OPS.block_circ_conv_input_grad(g, w, scale).to(x.dtype)
+        return dx, _OPS.block_circ_conv_kernel_grad(g, x, w.shape[-1], w.dtype, scale)
+    return _redispatch(_OPS.block_circ_conv_backward.default, keyset, (g, x, w, scale))
 
 
 # vmap. A batch of one operand folds into the sizes that the other does not share: activations into
@@ -296,16 +308,16 @@ def _vmap_rule(op, fold_first, fold_second):
 
 
 def _fold_tokens(op):
-    return lambda a, w, size: (op(a, w), 0)
+    return lambda a, w, size, *constants: (op(a, w, *constants), 0)
 
 
-def _fold_forward_kernels(x, w, size):
-    y = _OPS.block_circ_conv(x, w.flatten(0, 1))
+def _fold_forward_kernels(x, w, size, *constants):
+    y = _OPS.block_circ_conv(x, w.flatten(0, 1), *constants)
     return y.unflatten(-1, (size, -1)), y.dim() - 1
 
 
-def _fold_input_grad_kernels(g, w, size):
-    dx = _OPS.block_circ_conv_input_grad(g, w.movedim(0, 1).flatten(1, 2))
+def _fold_input_grad_kernels(g, w, size, *constants):
+    dx = _OPS.block_circ_conv_input_grad(g, w.movedim(0, 1).flatten(1, 2), *constants)
     return dx.unflatten(-1, (size, -1)), dx.dim() - 1
 
 
@@ -320,10 +332,12 @@ def _fold_kernel_grad_inputs(g, x, size, *constants):
 
 
 def _backward_vmap_rule(input_grad_rule, kernel_grad_rule):
-    def rule(info, in_dims, g, x, w):
-        g_dim, x_dim, w_dim = in_dims
-        dx, dx_dim = input_grad_rule(info, (g_dim, w_dim), g, w)
-        dw, dw_dim = kernel_grad_rule(info, (g_dim, x_dim), g, x, w.shape[-1], w.dtype)
+    def rule(info, in_dims, g, x, w, scale=1.0):
+        g_dim, x_dim, w_dim = in_dims[:3]
+        # The last dimension of one kernel, wherever the batch of kernels has its own.
+        block_size = w.shape[-2 if w_dim == w.dim() - 1 else -1]
+        dx, dx_dim = input_grad_rule(info, (g_dim, w_dim), g, w, scale)
+        dw, dw_dim = kernel_grad_rule(info, (g_dim, x_dim), g, x, block_size, w.dtype, scale)
         return (dx.to(x.dtype), dw), (dx_dim, dw_dim)
 
     return rule
@@ -333,9 +347,9 @@ def _autocast_rule(device_type: str):
     """Take the inputs as they are (no copy to save), give the result autocast's dtype."""
     key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
 
-    def kernel(x, w):
+    def kernel(x, w, scale=1.0):
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            y = _OPS.block_circ_conv(x, w)
+            y = _OPS.block_circ_conv(x, w, scale)
             return y if y.dtype == torch.float64 else y.to(torch.get_autocast_dtype(device_type))
 
     return kernel
@@ -353,9 +367,9 @@ def _register() -> None:
     }
     vmaps[backward] = _backward_vmap_rule(vmaps[input_grad], vmaps[kernel_grad])
     autograds = {
-        forward: _autograd_rule(forward, _vjp_forward),
-        input_grad: _autograd_rule(input_grad, _vjp_input_grad),
-        kernel_grad: _autograd_rule(kernel_grad, _vjp_kernel_grad),
+        forward: _autograd_rule(forward, _vjp_forward, (1.0,)),
+        input_grad: _autograd_rule(input_grad, _vjp_input_grad, (1.0,)),
+        kernel_grad: _autograd_rule(kernel_grad, _vjp_kernel_grad, (None, None, 1.0)),
         backward: _backward_autograd_rule,
     }
     fakes = {

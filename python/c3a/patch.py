@@ -23,10 +23,21 @@ class _Record:
     trainable_before: frozenset[str]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside ``torch.compile``'s and data parallelism's wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def adapted_layers(model: nn.Module) -> dict[str, C3ALinear]:
     """Return the adapted layers of a model by name, the outermost of nested ones."""
     found: dict[str, C3ALinear] = {}
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, C3ALinear) and not any(name.startswith(f"{n}.") for n in found):
             found[name] = module
     return found
@@ -34,7 +45,7 @@ def adapted_layers(model: nn.Module) -> dict[str, C3ALinear]:
 
 def modules_to_save(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the modules that ``patch_model`` left trainable."""
-    record = getattr(model, "_c3a_record", None)
+    record = getattr(unwrapped(model), "_c3a_record", None)
     return record.modules_to_save if record else ()
 
 
@@ -45,7 +56,7 @@ def matches(targets: str | Iterable[str], name: str) -> bool:
     of one, at a dot.
     """
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return _compiled(targets).fullmatch(name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -54,10 +65,21 @@ def block_size_from_pattern(pattern: Mapping[str, int], name: str) -> int | None
 
     A key is a module's whole name, or a regular expression for the end of it, at a dot.
     """
+    if name in pattern:
+        return pattern[name]
     for key, block_size in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _compiled(rf"(.*\.)?({key})").fullmatch(name):
             return block_size
-    return pattern.get(name)
+    return None
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"c3a.patch_model: {pattern!r} is not a regular expression: {error}"
+        ) from None
 
 
 def auto_block_size(in_features: int, out_features: int, rank: int) -> int:
@@ -107,15 +129,17 @@ def patch_model(
             message lists what there is. The model is then as it was.
         TypeError: a target is not a linear layer, or one whose owner reads its weight directly.
     """
+    inner = unwrapped(model)
     plan = plan_patch(
-        model,
+        inner,
         target_modules,
         block_size,
         rank=rank,
         modules_to_save=modules_to_save,
         pad=pad,
     )
-    return apply_patch(model, plan, scale=scale, init=init, dtype=dtype, pad=pad)
+    apply_patch(inner, plan, scale=scale, init=init, dtype=dtype, pad=pad)
+    return model
 
 
 @dataclass
@@ -136,12 +160,24 @@ def plan_patch(
     pad: bool = False,
 ) -> PatchPlan:
     """Resolve the arguments of ``patch_model`` against a model, raising all that it raises."""
+    if features(model) is not None and not list(model.children()):
+        raise ValueError(
+            f"c3a.patch_model: the model is itself a layer, a {type(model).__name__}; wrap it with "
+            "c3a.C3ALinear(layer, block_size)"
+        )
     if adapted_layers(model):
         raise ValueError(
             "c3a.patch_model: the model is patched already; call c3a.unpatch_model first"
         )
     saved = _resolve_modules_to_save(model, modules_to_save)
     targets = _resolve_targets(model, target_modules, saved)
+    if rank < 1:
+        raise ValueError(f"c3a.patch_model: expected rank >= 1, got {rank}")
+    if isinstance(block_size, str) and block_size != "auto":
+        raise ValueError(
+            "c3a.patch_model: expected block_size to be a number, a mapping from names to numbers, "
+            f"or 'auto', got {block_size!r}"
+        )
     sizes: dict[str, int] = {}
     problems = []
     for name, module in targets.items():
@@ -214,6 +250,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """
     if merge:
         _for_all(model, C3ALinear.merge, undo=C3ALinear.unmerge)
+    outer, model = model, unwrapped(model)
     while layers := adapted_layers(model):
         inner = {}
         for layer in layers.values():
@@ -226,7 +263,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     record = model.__dict__.pop("_c3a_record", None)
     if record is not None:
         _restore_requires_grad(model, record.trainable_before)
-    return model
+    return outer
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -7,11 +7,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+
+def _read_table(path: Path, separator: str = ",") -> pd.DataFrame:
+    # "None", "NA" and "null" are words; only nothing is missing.
+    return pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""])
+
+
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    return pd.read_json(path, lines=True, dtype=False)
+
+
 _READERS = {
-    ".csv": pd.read_csv,
-    ".tsv": lambda path: pd.read_csv(path, sep="\t"),
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
-    ".json": lambda path: pd.read_json(path, lines=True),
+    ".csv": _read_table,
+    ".tsv": lambda path: _read_table(path, "\t"),
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_lines,
 }
 
 
@@ -53,7 +63,7 @@ def read(path: Path, text_column: str, label_column: str) -> Examples:
     if empty.any():
         row = int(np.flatnonzero(empty)[0]) + 1
         raise ValueError(f"{path}: {int(empty.sum())} rows lack a text or a label, first row {row}")
-    names = sorted(table[label_column].unique())
+    names = sorted(table[label_column].unique(), key=lambda name: (str(type(name)), name))
     index = {name: i for i, name in enumerate(names)}
     return Examples(
         table[text_column].astype(str).tolist(),

@@ -43,28 +43,35 @@ def add_parser(commands) -> None:
     add("--batch-size", type=int, default=32)
     add("--max-length", type=int, default=64, help="tokens a text is cut to")
     add("--seed", type=int, default=0)
-    add("--output", type=Path, help="a folder for the adapter, metrics.json and curve.png")
+    add("--output", type=Path, help="a new folder, or that of an earlier run")
     add("--compile", action="store_true", help="train under torch.compile")
     parser.set_defaults(run=run)
 
 
 def _block_size(text: str) -> int | str:
-    return "auto" if text == "auto" else int(text)
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
 def run(options: argparse.Namespace) -> None:
     """Train, test, print the table and write the output folder, whole or not at all."""
     from rich.console import Console
 
-    from ..files import write_folder
+    from ..files import check_free, write_folder
     from . import data, models, training
 
     for name in ("rank", "batch_size", "max_length", "epochs", "steps"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"expected --{name.replace('_', '-')} > 0, got {value}")
-    if options.output and options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"expected --output to be a folder, {options.output} is a file")
+    if options.method == "head" and options.lr is not None:
+        raise ValueError("--lr is for adapters; --method head takes --head-lr")
+    if options.output:
+        check_free(options.output, marker="metrics.json")
     training.quiet_libraries(options.seed)
     console = Console()
     if options.data:
@@ -106,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
             "model": source,
             "data": str(options.data or "rotten_tomatoes"),
             "labels": examples.names,
-            "lr": lr if lr == lr else None,
+            "lr": lr,
             "head_lr": head_lr,
             "seed": options.seed,
             "date": time.strftime("%Y-%m-%d"),

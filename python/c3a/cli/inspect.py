@@ -31,7 +31,10 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.adapter} holds no c3a_kernel")
     table = Table(caption="of the matrix that is added to the weight, scale 1 / in_features")
     for name in ("layer", "in", "out", "block size", "parameters", "norm", "rank"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+        if name == "layer":
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     spectra: dict[str, Tensor] = {}
     for layer, kernel in found.items():
         m, n, b = kernel.shape

@@ -22,9 +22,10 @@ def run(options: argparse.Namespace) -> None:
 
     import c3a
 
-    from ..files import write_folder
+    from ..files import check_free, write_folder
     from . import models
 
+    check_free(options.output)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if options.model:

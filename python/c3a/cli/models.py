@@ -1,6 +1,5 @@
 """Pretrained models for the commands: loading, heads, and the adapters that can be compared."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import c3a
 from ..adapter import read_config
 
 # (adapter learning rate, head learning rate): where to start, tried on the default task.
-LEARNING_RATES: Mapping[str, tuple[float, float]] = {
+LEARNING_RATES: Mapping[str, tuple[float | None, float]] = {
     "c3a": (0.1, 2e-3),
     "lora": (1e-3, 5e-3),
     "bitfit": (2e-3, 5e-3),
-    "head": (math.nan, 1e-2),
+    "head": (None, 1e-2),
     "full": (5e-5, 5e-4),
 }
 
@@ -109,10 +108,18 @@ def load_base(adapter: Path, source: str | None):
     source = source or config.get("base_model_name_or_path")
     if not source:
         raise ValueError(f"{adapter} does not say which model it is for; pass --model")
+    try:
+        check_source(source)
+    except ValueError:
+        raise ValueError(f"the base model of {adapter} is not at {source}; pass --model") from None
     task = config.get("task_type")
     if task not in _CLASSES:
         raise ValueError(f"expected task_type to be one of {list(_CLASSES)}, got {task!r}")
     has_labels = (adapter / "config.json").is_file()
     model_config = transformers.AutoConfig.from_pretrained(adapter if has_labels else source)
-    model = getattr(transformers, _CLASSES[task]).from_pretrained(source, config=model_config)
+    model = getattr(transformers, _CLASSES[task]).from_pretrained(
+        source,
+        config=model_config,
+        ignore_mismatched_sizes=has_labels,  # the adapter brings the head
+    )
     return model, source

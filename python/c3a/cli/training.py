@@ -88,7 +88,7 @@ def train(
     splits: tuple[Examples, Examples, Examples],
     *,
     head: list[str],
-    lr: float,
+    lr: float | None,
     head_lr: float,
     epochs: float,
     steps: int | None,
