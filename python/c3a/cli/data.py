@@ -73,7 +73,11 @@ def read(path: Path, text_column: str, label_column: str) -> Examples:
 
 
 def split(examples: Examples, seed: int) -> tuple[Examples, Examples, Examples]:
-    """Shuffle and split into train, validation and test, 80 : 10 : 10 within each class."""
+    """Shuffle and split into train, validation and test, 70 : 10 : 20 within each class.
+
+    The test split is the larger one: its accuracy is the figure that is reported, and its standard
+    error is about 1 point with 1,700 sentences.
+    """
     parts: tuple[list[int], ...] = ([], [], [])
     labels = np.asarray(examples.labels)
     random = np.random.default_rng(seed)
@@ -87,7 +91,7 @@ def split(examples: Examples, seed: int) -> tuple[Examples, Examples, Examples]:
             )
         tenth = len(rows) // 10
         for part, chosen in zip(
-            parts, (rows[2 * tenth :], rows[:tenth], rows[tenth : 2 * tenth]), strict=True
+            parts, (rows[3 * tenth :], rows[:tenth], rows[tenth : 3 * tenth]), strict=True
         ):
             part.extend(chosen.tolist())
     return tuple(examples.take(random.permutation(part)) for part in parts)

@@ -35,7 +35,7 @@ def add_parser(commands) -> None:
         default="auto",
         help="of C3A; auto: the common divisor nearest to sqrt(in * out) / rank",
     )
-    add("--rank", type=int, default=4, help="of LoRA, and for --block-size auto")
+    add("--rank", type=int, default=8, help="of LoRA, and for --block-size auto")
     add("--lr", type=float, help="learning rate of the adapter (default: by method)")
     add("--head-lr", type=float, help="learning rate of the head (default: by method)")
     add("--epochs", type=float, default=2.0)

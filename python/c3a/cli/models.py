@@ -13,7 +13,7 @@ from ..adapter import read_config
 
 # (adapter learning rate, head learning rate): where to start, tried on the default task.
 LEARNING_RATES: Mapping[str, tuple[float | None, float]] = {
-    "c3a": (0.1, 2e-3),
+    "c3a": (0.2, 5e-3),
     "lora": (1e-3, 5e-3),
     "bitfit": (2e-3, 5e-3),
     "head": (None, 1e-2),

@@ -26,6 +26,7 @@ class Result:
     adapter_parameters: int
     head_parameters: int
     test_accuracy: float
+    test_standard_error: float
     validation_accuracy: float
     seconds_per_step: float
     saved_bytes: int
@@ -147,10 +148,12 @@ def train(
             trainer.evaluate()
         model.load_state_dict(progress.best, strict=False)
         found = trainer.predict(test)
+    accuracy = found.metrics["test_accuracy"]
     return Result(
         adapter_parameters=sum(p.numel() for p in in_adapter),
         head_parameters=sum(p.numel() for p in in_head),
-        test_accuracy=found.metrics["test_accuracy"],
+        test_accuracy=accuracy,
+        test_standard_error=math.sqrt(accuracy * (1 - accuracy) / len(test)),
         validation_accuracy=max(accuracy for _, accuracy in progress.validations),
         seconds_per_step=statistics.median(progress.seconds),
         saved_bytes=saved,
@@ -198,11 +201,13 @@ def table(method: str, result: Result) -> Table:
         method,
         f"{result.adapter_parameters:,}",
         f"{result.head_parameters:,}",
-        f"{100 * result.test_accuracy:.1f} %",
+        f"{100 * result.test_accuracy:.1f} ± {100 * result.test_standard_error:.1f} %",
         f"{result.seconds_per_step:.3f}",
         f"{result.saved_bytes / 2**20:.0f} MiB",
     )
-    columns.caption = "accuracy on the test split; parameters trained; memory for one batch"
+    columns.caption = (
+        "parameters trained; accuracy on the test split ± standard error; memory for one batch"
+    )
     return columns
 
 
