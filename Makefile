@@ -8,7 +8,7 @@ OUTPUT ?= runs/rotten_tomatoes
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --progress-bar on
+INSTALL := $(PIP) install --quiet
 
 .PHONY: help finetune test lint format bench cuda
 

@@ -133,7 +133,7 @@ def test_inspect_prints_rank_and_norm_and_draws_the_spectra(run, tmp_path, capsy
     assert main(["inspect", str(run), "--output", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "bert.pooler.dense" in printed
-    assert "of 24" in printed
+    assert "24/24" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     kernel = load_file(run / "adapter_model.safetensors")[
         "base_model.model.bert.pooler.dense.c3a_kernel"

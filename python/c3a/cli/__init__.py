@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
+    except BrokenPipeError:  # what reads the output has enough, such as head
+        sys.stderr.close()
+        return 141
     except KeyboardInterrupt:
         print("\nc3a: interrupted; nothing was written", file=sys.stderr)
         return 130

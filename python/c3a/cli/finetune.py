@@ -38,7 +38,7 @@ def add_parser(commands) -> None:
     add("--rank", type=int, default=8, help="of LoRA, and for --block-size auto")
     add("--lr", type=float, help="learning rate of the adapter (default: by method)")
     add("--head-lr", type=float, help="learning rate of the head (default: by method)")
-    add("--epochs", type=float, default=2.0)
+    add("--epochs", type=float, default=3.0)
     add("--steps", type=int, help="stop after this many steps instead of --epochs")
     add("--batch-size", type=int, default=32)
     add("--max-length", type=int, default=64, help="tokens a text is cut to")

@@ -19,6 +19,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the table and draw the picture."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -29,8 +30,9 @@ def run(options: argparse.Namespace) -> None:
     found = kernels(read_tensors(options.adapter))
     if not found:
         raise ValueError(f"{options.adapter} holds no c3a_kernel")
-    table = Table(caption="of the matrix that is added to the weight, scale 1 / in_features")
-    for name in ("layer", "in", "out", "block size", "parameters", "norm", "rank"):
+    caption = "norm and rank of the matrix that is added to the weight, scale 1 / in_features"
+    table = Table(box=SIMPLE, pad_edge=False, caption=caption)
+    for name in ("layer", "in", "out", "block", "parameters", "norm", "rank"):
         if name == "layer":
             table.add_column(name, overflow="fold")
         else:
@@ -46,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
             str(b),
             f"{kernel.numel():,}",
             f"{spectra[layer].norm():.3g}",
-            f"{rank(kernel)} of {min(m, n) * b}",
+            f"{rank(kernel)}/{min(m, n) * b}",
         )
     Console().print(table)
     picture = options.output or options.adapter / "spectra.png"
