@@ -223,9 +223,12 @@ def draw_curve(result: Result, method: str, path: Path) -> None:
     loss.set(xlabel="step", ylabel="training loss", title=f"{method}: training")
     steps, values = zip(*result.validations, strict=True)
     accuracy.plot(steps, [100 * v for v in values], "o-", color="tab:blue", label="validation")
-    accuracy.axhline(100 * result.test_accuracy, color="tab:orange", ls="--", label="test")
+    test, error = 100 * result.test_accuracy, 100 * result.test_standard_error
+    accuracy.axhline(test, color="tab:orange", ls="--", label="test, standard error")
+    accuracy.axhspan(test - error, test + error, color="tab:orange", alpha=0.15, lw=0)
+    accuracy.margins(y=0.35)
     accuracy.set(xlabel="step", ylabel="accuracy (%)", title="accuracy")
-    accuracy.legend()
+    accuracy.legend(loc="lower right", fontsize="small")
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
