@@ -19,3 +19,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "trainable: 6,146 of 596,738 parameters" in printed
     assert "PEFT: Jacobian mismatch for output 0 with respect to input 0" in printed
+
+
+def test_no_figure_is_left_to_fill_in():
+    assert not re.search(r"@[A-Z]+\d*@", README.read_text())
