@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --quiet
 .PHONY: help finetune test lint format bench cuda
 
 help:
-	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 5 minutes)"
+	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 6 minutes)"
 	@echo "make test       set up, then check formatting and run every test"
 	@echo "make bench      set up, then time the operator against its peers"
 	@echo "make cuda       rebuild with the CUDA library (needs nvcc 13)"
