@@ -208,7 +208,7 @@ def test_ctrl_c_leaves_nothing_half_written(tiny, reviews, tmp_path):
         shown += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "interrupted; nothing was written" in errors
     assert list(tmp_path.iterdir()) == []
 
@@ -276,6 +276,20 @@ def test_outputs_are_new_folders_or_replace_an_earlier_run_whole(tiny, reviews, 
     assert "a new or empty folder" in capsys.readouterr().err
     assert main(arguments(tiny, reviews, output, "--method", "head", "--lr", "1")) == 2
     assert "--method head takes --head-lr" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_told_also_where_a_library_turns_it_into_another_error(monkeypatch, capsys):
+    def run(options):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("a library's own") from None
+
+    monkeypatch.setattr(finetune, "run", run)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["finetune"]) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("existing", [False, True])

@@ -1,8 +1,11 @@
 """The command line: ``c3a info | finetune | merge | inspect``. Each command is a module here."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from . import finetune, info, inspect, merge
 
@@ -19,13 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
-    except BrokenPipeError:  # what reads the output has enough, such as head
-        sys.stderr.close()
-        return 141
+        with _ctrl_c_stays_itself():
+            options.run(options)
     except KeyboardInterrupt:
         print("\nc3a: interrupted; nothing was written", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # what reads the output has enough, such as head
+        sys.stderr.close()
+        return 141
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "c3a":
             raise
@@ -35,3 +39,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"c3a: {str(error).removeprefix('c3a: ')}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _ctrl_c_stays_itself() -> Iterator[None]:
+    """Raise KeyboardInterrupt for Ctrl-C also where a library turned it into another error."""
+    pressed = False
+
+    def on_ctrl_c(number, frame):
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, on_ctrl_c)
+    try:
+        yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
