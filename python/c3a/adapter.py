@@ -57,8 +57,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("c3a.save_adapter: the model has no C3ALinear layer; patch it first")
-    nested = [name for name, layer in layers.items() if adapted_layers(layer.base_layer)]
-    nested += [n for n, layer in layers.items() if isinstance(layer.base_layer, C3ALinear)]
+    nested = [
+        name
+        for name, layer in layers.items()
+        if any(isinstance(part, C3ALinear) for part in layer.base_layer.modules())
+    ]
     if nested:
         raise ValueError(
             f"c3a.save_adapter: the format holds one adapter a layer; {nested[0]} has several"
@@ -226,7 +229,8 @@ def _block_sizes_of(sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 
     values = list(sizes.values())
     for usual in sorted(set(values), key=lambda size: (-values.count(size), size)):
-        pattern = {name: size for name, size in sizes.items() if size != usual}
+        # in the order of the file, since the first key that matches counts
+        pattern = {name: size for name, size in sorted(sizes.items()) if size != usual}
         if all(meant(name, usual, pattern) == {size} for name, size in sizes.items()):
             return usual, pattern
     raise ValueError(

@@ -249,15 +249,15 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
             was.
     """
     if merge:
-        _for_all(model, C3ALinear.merge, undo=C3ALinear.unmerge)
+        _merge_all(model)
     outer, model = model, unwrapped(model)
     while layers := adapted_layers(model):
         inner = {}
         for layer in layers.values():
-            if not merge:
-                layer.unmerge()
-            elif not layer.enabled:
+            if merge:
                 layer.enabled = True
+            else:
+                layer.unmerge()
             inner[id(layer)] = layer.base_layer
         _replace_children(model, inner)
     record = model.__dict__.pop("_c3a_record", None)
@@ -268,7 +268,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
 
 def merge(model: nn.Module) -> nn.Module:
     """Merge every adapter of a model (``C3ALinear.merge``): all, or none where one cannot be."""
-    _for_all(model, C3ALinear.merge, undo=C3ALinear.unmerge)
+    _merge_all(model)
     return model
 
 
@@ -308,16 +308,16 @@ def _replace_children(model: nn.Module, replacements: Mapping[int, nn.Module]) -
                 setattr(parent, name, replacements[id(child)])
 
 
-def _for_all(model: nn.Module, do, undo) -> None:
+def _merge_all(model: nn.Module) -> None:
     done = []
     try:
         for layer in adapted_layers(model).values():
             if not layer.merged:
-                do(layer)
+                layer.merge()
                 done.append(layer)
     except Exception:
         for layer in done:
-            undo(layer)
+            layer.unmerge()
         raise
 
 
