@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 OUTPUT ?= runs/rotten_tomatoes
 
+SOURCES := bench build_support python tests
+
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
@@ -34,13 +36,13 @@ test: $(PY)
 	$(PY) -m pytest
 
 lint:
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES) README.md
 	$(VENV)/bin/clang-format --dry-run --Werror cpp/* cuda/*
 
 format: $(PY)
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+	$(VENV)/bin/ruff format $(SOURCES) README.md
 	$(VENV)/bin/clang-format -i cpp/* cuda/*
 
 bench: $(PY)
