@@ -1,6 +1,3 @@
-// The back end of every device that has no library of its own: ATen's real FFTs around one batched
-// complex product.
-//
 //   A^ = rfft(a): (rows, blocks, b) -> (bins, rows, blocks), then the row of Product's table that
 //   is asked for, then irfft back. Spectra are ATen complex tensors; sums run in compute_type().
 
@@ -8,7 +5,7 @@
 #include <array>
 #include <string>
 
-#include "operators.h"
+#include "aten.h"
 
 namespace c3a {
 namespace {
@@ -41,11 +38,18 @@ Tensor spectra(const Tensor& a, ScalarType type, int64_t rows, int64_t blocks, i
   return torch::stable::contiguous(call_aten("aten::permute", a_hat, Dims{2, 0, 1}));
 }
 
-// (bins, rows, blocks), complex -> `out`, which holds rows * blocks * b numbers
-void inverse(const Tensor& a_hat, int64_t b, Tensor& out) {
+// (bins, rows, blocks), complex -> `out`, which holds rows * blocks * b numbers, onto `base` if given
+void inverse(const Tensor& a_hat, int64_t b, const Tensor* base, Tensor& out) {
   const Tensor by_row = call_aten("aten::permute", a_hat, Dims{1, 2, 0});
   const Tensor a = call_aten("aten::_fft_c2r", by_row, Dims{2}, kScaleByLength, b);
-  torch::stable::copy_(out, torch::stable::reshape(a, out.sizes()));
+  const Tensor result = torch::stable::reshape(a, out.sizes());
+  if (!base) {
+    torch::stable::copy_(out, result);
+  } else {
+    // The sum takes the wider of the two types.
+    const Tensor one = torch::stable::full({}, 1, ScalarType::Long);
+    torch::stable::copy_(out, call_aten("aten::add.Tensor", result, *base, one));
+  }
 }
 
 Tensor adjoint(const Tensor& a_hat) {
@@ -68,31 +72,30 @@ Tensor contract(Product product, const Tensor& a_hat, const Tensor& b_hat, doubl
   throw std::logic_error("c3a: unknown product");
 }
 
-struct Aten {
-  static void run(
-      const Problem& p, Product product, const Tensor& a, const Tensor& b, double scale,
-      Tensor& out) {
-    const ScalarType type = compute_type({a, b});
-    const int64_t a_blocks = product == Product::forward ? p.n : p.m;
-    const int64_t b_rows = product == Product::kernel_grad ? p.tokens : p.m;
-    const Tensor a_hat = spectra(a, type, p.tokens, a_blocks, p.b);
-    const Tensor b_hat = spectra(b, type, b_rows, p.n, p.b);
-    inverse(contract(product, a_hat, b_hat, scale), p.b, out);
-  }
-
-  static void backward(
-      const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
-      Tensor& dw) {
-    const ScalarType type = compute_type({g, x, w});
-    const Tensor g_hat = spectra(g, type, p.tokens, p.m, p.b);
-    const Tensor w_hat = spectra(w, type, p.m, p.n, p.b);
-    inverse(contract(Product::input_grad, g_hat, w_hat, scale), p.b, dx);
-    const Tensor x_hat = spectra(x, type, p.tokens, p.n, p.b);
-    inverse(contract(Product::kernel_grad, g_hat, x_hat, scale), p.b, dw);
-  }
-};
-
 }  // namespace
+
+void Aten::run(
+    const Problem& p, Product product, const Tensor& a, const Tensor& b, double scale,
+    const Tensor* base, Tensor& out) {
+  const ScalarType type = compute_type({a, b});
+  const int64_t a_blocks = product == Product::forward ? p.n : p.m;
+  const int64_t b_rows = product == Product::kernel_grad ? p.tokens : p.m;
+  const Tensor a_hat = spectra(a, type, p.tokens, a_blocks, p.b);
+  const Tensor b_hat = spectra(b, type, b_rows, p.n, p.b);
+  inverse(contract(product, a_hat, b_hat, scale), p.b, base, out);
+}
+
+void Aten::backward(
+    const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
+    Tensor& dw) {
+  const ScalarType type = compute_type({g, x, w});
+  const Tensor g_hat = spectra(g, type, p.tokens, p.m, p.b);
+  const Tensor w_hat = spectra(w, type, p.m, p.n, p.b);
+  inverse(contract(Product::input_grad, g_hat, w_hat, scale), p.b, nullptr, dx);
+  const Tensor x_hat = spectra(x, type, p.tokens, p.n, p.b);
+  inverse(contract(Product::kernel_grad, g_hat, x_hat, scale), p.b, nullptr, dw);
+}
+
 }  // namespace c3a
 
 STABLE_TORCH_LIBRARY_IMPL(c3a, CompositeExplicitAutograd, m) {

@@ -1,23 +1,444 @@
-// The CPU's instruction sets.
+// The CPU's back end: transforms, spectral products and inverse transforms of a few tokens at a
+// time, which stay in the second-level cache between the three. Instruction sets are chosen here,
+// once; cpu_kernel.cpp does the arithmetic.
+//
+// A vector's lanes are tokens (columns of spectra are tokens, rows are blocks) or, where that fills
+// them better, blocks (columns are blocks, rows are tokens). Either way a bin's product is one small
+// matrix product, kernel times activations or activations times kernel.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <iterator>
+
+#include "aten.h"
+#include "cpu_kernel.h"
+#include "cpu_plan.h"
+#include "operators.h"
+
+namespace c3a {
+namespace cpu {
+
+// Instruction-set levels
+
+#if defined(__x86_64__)
+extern const Level level_x86_64_v2, level_x86_64_v3, level_x86_64_v4;
+#else
+extern const Level level_native;
+#endif
 
 namespace {
 
-// The highest x86-64 level of this machine.
-const char* machine_level() {
+struct Candidate {
+  const char* name;
+  const Level* level;  // none: ATen's transforms
+  bool runs_here;
+};
+
+std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
-  if (__builtin_cpu_supports("x86-64-v2")) return "x86-64-v2";
-  return "x86-64";
+  return {
+      {"x86-64-v4", &level_x86_64_v4, __builtin_cpu_supports("x86-64-v4") != 0},
+      {"x86-64-v3", &level_x86_64_v3, __builtin_cpu_supports("x86-64-v3") != 0},
+      {"x86-64-v2", &level_x86_64_v2, __builtin_cpu_supports("x86-64-v2") != 0},
+      {"aten", nullptr, true}};
 #elif defined(__aarch64__)
-  return "aarch64";
+  return {{"aarch64", &level_native, true}, {"aten", nullptr, true}};
 #else
-  return "generic";
+  return {{"generic", &level_native, true}, {"aten", nullptr, true}};
 #endif
 }
 
+// The level in use: the highest that runs here, or the one that C3A_CPU_LEVEL names.
+const Candidate& in_use() {
+  static const Candidate chosen = [] {
+    const char* forced = std::getenv("C3A_CPU_LEVEL");
+    std::string names;
+    for (const Candidate& candidate : candidates()) {
+      if (!candidate.runs_here) continue;
+      if (forced ? candidate.name == std::string(forced) : true) return candidate;
+      names += (names.empty() ? "" : ", ") + std::string(candidate.name);
+    }
+    throw std::runtime_error(
+        "c3a: expected C3A_CPU_LEVEL to be one of this machine's levels (" + names + "), got '" +
+        forced + "'");
+  }();
+  return chosen;
+}
+
+template <class T>
+const Kernel<T>& kernel();
+template <>
+const Kernel<float>& kernel() {
+  return in_use().level->f32;
+}
+template <>
+const Kernel<double>& kernel() {
+  return in_use().level->f64;
+}
+
+Element element(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return Element::f64;
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: throw std::logic_error("c3a: dtype was not checked");
+  }
+}
+
+int64_t size_of(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// A tensor of (rows, blocks * b) numbers, as signals by row and block.
+struct Blocked {
+  char* data;
+  ScalarType type;
+  int64_t row, block;
+
+  Blocked(const Tensor& t, int64_t blocks, int64_t b)
+      : data(static_cast<char*>(t.data_ptr())), type(t.scalar_type()), row(blocks * b), block(b) {}
+
+  char* at(int64_t r, int64_t i) const { return data + (r * row + i * block) * size_of(type); }
+};
+
+enum class Lanes { tokens, blocks };
+
+// One call's memory for each of its threads, from torch's allocator.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t threads, int64_t bytes)
+      : bytes_(round_up(bytes, 64)), memory_(torch::stable::new_empty(
+            like, {threads * bytes_}, ScalarType::Byte)), threads_(threads) {}
+
+  // A part for the caller, each part once.
+  char* take() {
+    const int64_t part = next_++;
+    check(part < threads_, "block_circ_conv", "torch split the work into too many parts");
+    return static_cast<char*>(memory_.data_ptr()) + part * bytes_;
+  }
+
+ private:
+  int64_t bytes_;
+  Tensor memory_;
+  int64_t threads_;
+  std::atomic<int64_t> next_{0};
+};
+
+// Calls f(begin, end, part of the workspace) over [0, count), by torch's threads.
+template <class F>
+void parallel(
+    const Tensor& like, int64_t count, int64_t grain, int64_t bytes_per_thread, const F& f) {
+  const int64_t threads = std::min<int64_t>(
+      torch::stable::get_num_threads(), std::max<int64_t>(1, (count + grain - 1) / grain));
+  Workspace workspace(like, threads, bytes_per_thread);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    f(begin, end, workspace.take());
+  });
+}
+
+template <class T>
+class Call {
+ public:
+  Call(const Problem& problem, const Plan& plan, const Tensor& like)
+      : p_(problem), f_(plan.transform<T>()), k_(kernel<T>()), like_(like), lanes_(choose()) {}
+
+  // A kernel's spectra, times scale and what the transforms leave: (slots, n, m) for the forward,
+  // (slots, m, n) for the input gradient.
+  Tensor spectra(const Tensor& w, Product product, double scale) const {
+    const bool forward = product == Product::forward;
+    const Blocked in(w, p_.m * p_.n, p_.b);
+    const int64_t rows = forward ? p_.n : p_.m, width = forward ? p_.m : p_.n;
+    const int64_t row = forward ? p_.b : p_.n * p_.b, column = forward ? p_.n * p_.b : p_.b;
+    // A last vector may be read beyond the end.
+    const Tensor w_hat = torch::stable::new_empty(
+        like_, {f_.slots() * rows * 2 * width + k_.lanes}, kType);
+    const Spectra<T> out = kernel_spectra(w_hat, rows, width);
+    const T factor = static_cast<T>(scale) / f_.gain();
+    parallel(
+        like_, rows, grain(width * p_.b), sizeof(T) * f_.scratch(k_.lanes),
+        [&](int64_t begin, int64_t end, char* scratch) {
+          const Signals part{
+              in.data + begin * row * size_of(in.type), element(in.type), row, column};
+          const Spectra<T> to{out.data + begin * out.row, out.slot, out.row, out.width};
+          k_.analyse(f_, part, end - begin, width, factor, to, reinterpret_cast<T*>(scratch));
+        });
+    return w_hat;
+  }
+
+  // out = base + a w, or its transpose
+  void apply(
+      Product product, const Tensor& a, const Tensor& w_hat, const Tensor* base,
+      const Tensor& out) const {
+    const bool forward = product == Product::forward;
+    const int64_t terms = forward ? p_.n : p_.m, rows = forward ? p_.m : p_.n;
+    const Blocked in(a, terms, p_.b), to(out, rows, p_.b);
+    const int64_t tile = tile_tokens(512 * 1024, 2);
+    const int64_t in_size = slab_size(terms, tile), out_size = slab_size(rows, tile);
+    parallel(
+        like_, (p_.tokens + tile - 1) / tile, grain(tile * (terms + rows) * p_.b),
+        sizeof(T) * (in_size + out_size + f_.scratch(k_.lanes)),
+        [&](int64_t begin, int64_t end, char* memory) {
+          T* scratch = reinterpret_cast<T*>(memory);
+          T* in_slab = scratch + f_.scratch(k_.lanes);
+          for (int64_t t = begin * tile; t < std::min(end * tile, p_.tokens); t += tile) {
+            const int64_t count = std::min(tile, p_.tokens - t);
+            const Spectra<T> a_hat = slab(in_slab, terms, count);
+            const Spectra<T> out_hat = slab(in_slab + in_size, rows, count);
+            transform(in, t, count, terms, a_hat, scratch);
+            multiply(product, count, a_hat, w_hat, out_hat);
+            transform_back(out_hat, t, count, rows, to, base, scratch);
+          }
+        });
+  }
+
+  // dw, and dx if it is given: then with the spectra of w
+  void backward(
+      const Tensor& g, const Tensor& x, const Tensor* w_hat, double scale, Tensor* dx,
+      const Tensor& dw) const {
+    const Blocked in_g(g, p_.m, p_.b), in_x(x, p_.n, p_.b);
+    const int64_t tile = tile_tokens(1024 * 1024, 8);
+    const int64_t tiles = (p_.tokens + tile - 1) / tile;
+    const int64_t g_size = slab_size(p_.m, tile), x_size = slab_size(p_.n, tile);
+    const int64_t width = lanes_ == Lanes::blocks ? round_up(p_.n, k_.lanes) : p_.n;
+    const int64_t size = f_.slots() * p_.m * 2 * width;
+    // Parts of the tokens are summed apart, then in order. Their number depends on the shape alone,
+    // and so does the result.
+    const int64_t most = std::max<int64_t>(1, 8 * 1024 * 1024 / (size * sizeof(T)));
+    const int64_t parts = std::max<int64_t>(1, std::min({p_.tokens / 256, most, int64_t{16}}));
+    const Tensor sums = torch::stable::new_empty(like_, {parts * size}, kType);
+    T* sum = static_cast<T*>(sums.data_ptr());
+    const auto spectra_of_part = [&](int64_t part) {
+      return Spectra<T>{sum + part * size, p_.m * 2 * width, 2 * width, width};
+    };
+    parallel(
+        like_, parts, grain(p_.tokens * (p_.m + p_.n) * p_.b / parts),
+        sizeof(T) * (g_size + x_size + f_.scratch(k_.lanes)),
+        [&](int64_t begin, int64_t end, char* memory) {
+          T* scratch = reinterpret_cast<T*>(memory);
+          T* g_slab = scratch + f_.scratch(k_.lanes);
+          T* x_slab = g_slab + g_size;
+          for (int64_t part = begin; part < end; ++part) {
+            const int64_t first = part * tiles / parts, last = (part + 1) * tiles / parts;
+            for (int64_t i = first; i < last; ++i) {
+              const int64_t t = i * tile, count = std::min(tile, p_.tokens - t);
+              const Spectra<T> g_hat = slab(g_slab, p_.m, count);
+              const Spectra<T> x_hat = slab(x_slab, p_.n, count);
+              transform(in_g, t, count, p_.m, g_hat, scratch);
+              if (dx) {
+                multiply(Product::input_grad, count, g_hat, *w_hat, x_hat);
+                transform_back(
+                    x_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), nullptr, scratch);
+              }
+              transform(in_x, t, count, p_.n, x_hat, scratch);
+              accumulate(count, g_hat, x_hat, spectra_of_part(part), i != first);
+            }
+          }
+        });
+    const T factor = static_cast<T>(scale) / f_.gain();
+    torch::stable::parallel_for(0, size, grain(parts), [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e) {
+        T total = sum[e];
+        for (int64_t part = 1; part < parts; ++part) total += sum[part * size + e];
+        sum[e] = total * factor;
+      }
+    });
+    const Blocked out(dw, p_.m * p_.n, p_.b);
+    const Spectra<T> total = spectra_of_part(0);
+    parallel(
+        like_, p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
+        [&](int64_t begin, int64_t end, char* scratch) {
+          const Results to{
+              out.at(begin * p_.n, 0), nullptr, element(out.type), p_.n * p_.b, p_.b};
+          const Spectra<T> from{total.data + begin * total.row, total.slot, total.row, width};
+          k_.synthesise(f_, from, end - begin, p_.n, to, reinterpret_cast<T*>(scratch));
+        });
+  }
+
+ private:
+  static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+
+  // The way that fills lanes better.
+  Lanes choose() const {
+    const auto filled = [&](int64_t count) {
+      return static_cast<double>(count) / static_cast<double>(round_up(count, k_.lanes));
+    };
+    const double blocks = (p_.m * filled(p_.m) + p_.n * filled(p_.n)) / (p_.m + p_.n);
+    return blocks >= 0.95 * filled(p_.tokens) ? Lanes::blocks : Lanes::tokens;
+  }
+
+  // Tokens whose spectra, of activations on both sides, take at most `bytes`: up to `vectors`
+  // vectors of them, or at least one vector (or token).
+  int64_t tile_tokens(int64_t bytes, int64_t vectors) const {
+    const bool by_blocks = lanes_ == Lanes::blocks;
+    const int64_t blocks = by_blocks ? round_up(p_.m, k_.lanes) + round_up(p_.n, k_.lanes)
+                                     : p_.m + p_.n;
+    const int64_t unit = by_blocks ? 1 : k_.lanes;
+    const int64_t fit = bytes / (blocks * p_.b * unit * static_cast<int64_t>(sizeof(T)));
+    return unit * std::clamp<int64_t>(fit, 1, by_blocks ? 64 : vectors);
+  }
+
+  // The spectra of `tokens` tokens of so many blocks.
+  Spectra<T> slab(T* data, int64_t blocks, int64_t tokens) const {
+    const bool by_blocks = lanes_ == Lanes::blocks;
+    const int64_t width = round_up(by_blocks ? blocks : tokens, k_.lanes);
+    const int64_t rows = by_blocks ? tokens : blocks;
+    // Slots a multiple of 4096 bytes apart would all fall into the same few lines of a cache.
+    const int64_t size = rows * 2 * width;
+    const int64_t pad = size * static_cast<int64_t>(sizeof(T)) % 4096 == 0 ? 2 * k_.lanes : 0;
+    return {data, size + pad, 2 * width, width};
+  }
+  int64_t slab_size(int64_t blocks, int64_t tokens) const {
+    const Spectra<T> all = slab(nullptr, blocks, tokens);
+    return f_.slots() * (all.slot + 2 * k_.lanes);
+  }
+
+  // Units of `work` numbers that are worth a thread.
+  static int64_t grain(int64_t work) {
+    return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work));
+  }
+
+  static Spectra<T> kernel_spectra(const Tensor& w_hat, int64_t rows, int64_t width) {
+    return {static_cast<T*>(w_hat.data_ptr()), rows * 2 * width, 2 * width, width};
+  }
+
+  void transform(
+      const Blocked& a, int64_t t, int64_t count, int64_t blocks, const Spectra<T>& out,
+      T* scratch) const {
+    const bool by_blocks = lanes_ == Lanes::blocks;
+    const Signals in{
+        a.at(t, 0), element(a.type), by_blocks ? a.row : a.block, by_blocks ? a.block : a.row};
+    k_.analyse(
+        f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, T{1}, out, scratch);
+  }
+
+  void transform_back(
+      const Spectra<T>& in, int64_t t, int64_t count, int64_t blocks, const Blocked& out,
+      const Tensor* base, T* scratch) const {
+    const bool by_blocks = lanes_ == Lanes::blocks;
+    const Results to{
+        out.at(t, 0), base ? Blocked(*base, blocks, p_.b).at(t, 0) : nullptr, element(out.type),
+        by_blocks ? out.row : out.block, by_blocks ? out.block : out.row};
+    k_.synthesise(f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, to, scratch);
+  }
+
+  // y^ = conj(w^) x^ over blocks, or dx^ = transpose(w^) g^
+  void multiply(
+      Product product, int64_t count, const Spectra<T>& a, const Tensor& w_hat,
+      const Spectra<T>& out) const {
+    const bool forward = product == Product::forward;
+    const int64_t terms = forward ? p_.n : p_.m, rows = forward ? p_.m : p_.n;
+    const Spectra<T> w = kernel_spectra(w_hat, terms, rows);
+    const Matrix<const T> activations{a.data, a.slot, a.row, 1, a.width};
+    const Matrix<T> result{out.data, out.slot, out.row, 1, out.width};
+    if (lanes_ == Lanes::blocks) {
+      const Matrix<const T> weights{w.data, w.slot, w.row, 1, w.width};
+      k_.multiply(
+          {f_.slots(), count, terms, rows, activations, weights, result,
+           forward ? Weights::right_conjugate : Weights::right, /* accumulate= */ false});
+    } else {
+      const Matrix<const T> weights{w.data, w.slot, 1, w.row, w.width};
+      k_.multiply(
+          {f_.slots(), rows, terms, count, weights, activations, result,
+           forward ? Weights::left_conjugate : Weights::left, /* accumulate= */ false});
+    }
+  }
+
+  // dw^ (+)= sum over tokens of conj(g^) x^
+  void accumulate(
+      int64_t count, const Spectra<T>& g, const Spectra<T>& x, const Spectra<T>& dw,
+      bool onto) const {
+    if (lanes_ == Lanes::tokens) {
+      return k_.correlate(f_.slots(), p_.m, p_.n, count, g, x, dw, onto);
+    }
+    const Matrix<const T> left{g.data, g.slot, 1, g.row, g.width};
+    const Matrix<const T> right{x.data, x.slot, x.row, 1, x.width};
+    const Matrix<T> result{dw.data, dw.slot, dw.row, 1, dw.width};
+    k_.multiply(
+        {f_.slots(), p_.m, count, p_.n, left, right, result, Weights::left_conjugate, onto});
+  }
+
+  const Problem& p_;
+  const Transform<T>& f_;
+  const Kernel<T>& k_;
+  const Tensor& like_;
+  Lanes lanes_;
+};
+
+struct Cpu {
+  static void run(
+      const Problem& p, Product product, const Tensor& a, const Tensor& b, double scale,
+      const Tensor* base, Tensor& out) {
+    const auto plan = in_use().level ? plan_for(p.b) : nullptr;
+    if (!plan) return Aten::run(p, product, a, b, scale, base, out);
+    if (base ? compute_type({a, b, *base}) == ScalarType::Double
+             : compute_type({a, b}) == ScalarType::Double) {
+      return in_doubles(out, [&](Tensor& y) {
+        const Tensor base_d = base ? doubles(*base) : y;
+        run_in<double>(p, *plan, product, doubles(a), doubles(b), scale, base ? &base_d : nullptr, y);
+      });
+    }
+    run_in<float>(p, *plan, product, a, b, scale, base, out);
+  }
+
+  static void backward(
+      const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
+      Tensor& dw) {
+    const auto plan = in_use().level ? plan_for(p.b) : nullptr;
+    if (!plan) return Aten::backward(p, g, x, w, scale, dx, dw);
+    if (compute_type({g, x, w}) == ScalarType::Double) {
+      return in_doubles(dx, [&](Tensor& dx_d) {
+        in_doubles(dw, [&](Tensor& dw_d) {
+          backward_in<double>(p, *plan, doubles(g), doubles(x), doubles(w), scale, dx_d, dw_d);
+        });
+      });
+    }
+    backward_in<float>(p, *plan, g, x, w, scale, dx, dw);
+  }
+
+ private:
+  template <class T>
+  static void run_in(
+      const Problem& p, const Plan& plan, Product product, const Tensor& a, const Tensor& b,
+      double scale, const Tensor* base, Tensor& out) {
+    const Call<T> call(p, plan, a);
+    if (product == Product::kernel_grad) {
+      return call.backward(a, b, nullptr, scale, nullptr, out);
+    }
+    call.apply(product, a, call.spectra(b, product, scale), base, out);
+  }
+
+  template <class T>
+  static void backward_in(
+      const Problem& p, const Plan& plan, const Tensor& g, const Tensor& x, const Tensor& w,
+      double scale, Tensor& dx, Tensor& dw) {
+    const Call<T> call(p, plan, g);
+    const Tensor w_hat = call.spectra(w, Product::input_grad, scale);
+    call.backward(g, x, &w_hat, scale, &dx, dw);
+  }
+
+  static Tensor doubles(const Tensor& t) { return torch::stable::to(t, ScalarType::Double); }
+
+  // f fills `out`, or doubles that are then rounded to it.
+  template <class F>
+  static void in_doubles(Tensor& out, const F& f) {
+    if (out.scalar_type() == ScalarType::Double) return f(out);
+    const std::vector<int64_t> sizes(out.sizes().begin(), out.sizes().end());
+    Tensor exact = torch::stable::new_empty(out, sizes, ScalarType::Double);
+    f(exact);
+    torch::stable::copy_(out, exact);
+  }
+};
+
 }  // namespace
+}  // namespace cpu
+}  // namespace c3a
 
 extern "C" __attribute__((visibility("default"))) const char* c3a_cpu_capability() {
-  return machine_level();
+  return c3a::cpu::in_use().name;
 }
+
+STABLE_TORCH_LIBRARY_IMPL(c3a, CPU, m) { c3a::Operators<c3a::cpu::Cpu>::register_all(m); }

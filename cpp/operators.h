@@ -2,11 +2,12 @@
 // contiguous tensors to a back end. A back end is a struct with
 //
 //   static void run(const Problem&, Product, const Tensor& a, const Tensor& b, double scale,
-//                   Tensor& out);
+//                   const Tensor* base, Tensor& out);
 //   static void backward(const Problem&, const Tensor& g, const Tensor& x, const Tensor& w,
 //                        double scale, Tensor& dx, Tensor& dw);
 //
-// that fill their results with `scale` times a product. Operands and results may differ in dtype;
+// that fill their results with `scale` times a product, the first onto `base` if it is given, which
+// has the result's shape and dtype and may be the result. Operands and results may differ in dtype;
 // tokens >= 1.
 
 #pragma once
@@ -48,7 +49,7 @@ struct Operators {
     check_supported(op, "dtype", dtype.value_or(g.scalar_type()));
     if (p.tokens == 0) return torch::stable::new_zeros(g, {p.m, p.n, p.b}, dtype);
     Tensor dw = torch::stable::new_empty(g, {p.m, p.n, p.b}, dtype);
-    Backend::run(p, Product::kernel_grad, contiguous(g), contiguous(x), scale, dw);
+    Backend::run(p, Product::kernel_grad, contiguous(g), contiguous(x), scale, nullptr, dw);
     return dw;
   }
 
@@ -85,7 +86,7 @@ struct Operators {
       const Problem& p, Product product, const Tensor& a, const Tensor& w, double scale,
       int64_t features) {
     Tensor out = torch::stable::new_empty(a, sizes(a, features));
-    if (p.tokens > 0) Backend::run(p, product, contiguous(a), contiguous(w), scale, out);
+    if (p.tokens > 0) Backend::run(p, product, contiguous(a), contiguous(w), scale, nullptr, out);
     return out;
   }
 };

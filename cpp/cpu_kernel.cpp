@@ -1,0 +1,399 @@
+// One instruction-set level of the CPU's kernels: compiled once for each, with C3A_LEVEL its name.
+// Signals are transposed into the lanes of vectors, transformed there, and back; between the two
+// every slot of the spectra is a small complex matrix product.
+
+#include "cpu_kernel.h"
+
+#include "fft.h"
+#include "simd.h"
+
+namespace c3a::cpu {
+namespace C3A_LEVEL {
+
+// `lanes` signals of length b, `lane` elements apart, into z[u] for u < b; the other lanes are zero.
+template <class T, Element kType>
+void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>* z) {
+  constexpr int L = kLanes<T>;
+  if constexpr (kType == Element::bf16) {
+    // A pair of bfloat16 is transposed as one element: each half is a float's upper half.
+    int64_t u = 0;
+    for (; u + 2 * L <= b; u += 2 * L) {
+      Vec<T> r[L];
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) r[l] = l < lanes ? load<Vec<T>>(p + l * lane + u) : Vec<T>{};
+      transpose<T>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        const Vec<uint32_t> pair = (Vec<uint32_t>)r[i];
+        z[u + 2 * i] = (Vec<T>)(pair << 16);
+        z[u + 2 * i + 1] = (Vec<T>)(pair & 0xffff0000u);
+      }
+    }
+    p += u, b -= u, z += u;
+  }
+  for (int64_t u = 0; u < b; u += L) {
+    const int count = b - u < L ? static_cast<int>(b - u) : L;
+    Vec<T> r[L];
+    if (count == L && lanes == L) {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) r[l] = read<T, kType>(p + l * lane + u, L);
+    } else {
+      for (int l = 0; l < L; ++l) {
+        r[l] = l < lanes ? read<T, kType>(p + l * lane + u, count) : Vec<T>{};
+      }
+    }
+    transpose<T>(r);
+    if (count == L) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) z[u + i] = r[i];
+    } else {
+      for (int i = 0; i < count; ++i) z[u + i] = r[i];
+    }
+  }
+}
+
+// The way back, onto `base` if it is given.
+template <class T, Element kType>
+void scatter(
+    const Vec<T>* z, int64_t lane, int lanes, int64_t b, const Storage<kType>* base,
+    Storage<kType>* p) {
+  constexpr int L = kLanes<T>;
+  for (int64_t u = 0; u < b; u += L) {
+    const int count = b - u < L ? static_cast<int>(b - u) : L;
+    Vec<T> r[L];
+    if (count == L) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) r[i] = z[u + i];
+    } else {
+      for (int i = 0; i < L; ++i) r[i] = i < count ? z[u + i] : Vec<T>{};
+    }
+    transpose<T>(r);
+    if (count == L && lanes == L && base) {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) {
+        write<T, kType>(p + l * lane + u, r[l] + read<T, kType>(base + l * lane + u, L), L);
+      }
+    } else if (count == L && lanes == L) {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) write<T, kType>(p + l * lane + u, r[l], L);
+    } else {
+      for (int l = 0; l < lanes; ++l) {
+        if (base) r[l] += read<T, kType>(base + l * lane + u, count);
+        write<T, kType>(p + l * lane + u, r[l], count);
+      }
+    }
+  }
+}
+
+// Calls `f.template operator()<kType>()` with the element type as a constant.
+template <class T, class F>
+C3A_INLINE void dispatch(Element type, const F& f) {
+  if constexpr (sizeof(T) == 8) {
+    f.template operator()<Element::f64>();
+  } else {
+    switch (type) {
+      case Element::f64: __builtin_unreachable();
+      case Element::f32: return f.template operator()<Element::f32>();
+      case Element::bf16: return f.template operator()<Element::bf16>();
+      case Element::f16: return f.template operator()<Element::f16>();
+    }
+  }
+}
+
+template <class T>
+void analyse(
+    const Transform<T>& f, const Signals& in, int64_t rows, int64_t columns, T factor,
+    const Spectra<T>& out, T* scratch) {
+  constexpr int L = kLanes<T>;
+  Vec<T>* z = reinterpret_cast<Vec<T>*>(scratch);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; c += L) {
+      const int lanes = columns - c < L ? static_cast<int>(columns - c) : L;
+      dispatch<T>(in.type, [&]<Element kType>() {
+        const auto* p = static_cast<const Storage<kType>*>(in.data) + r * in.row + c * in.column;
+        gather<T, kType>(p, in.column, lanes, f.b, z);
+      });
+      T* to = out.data + r * out.row + c;
+      if (factor == 1 && out.width - c >= L) {
+        forward<T>(f, z, [&](int64_t slot, const Complex<T>& value) {
+          store(to + slot * out.slot, value.re);
+          store(to + slot * out.slot + out.width, value.im);
+        });
+      } else {
+        const int room = out.width - c < L ? static_cast<int>(out.width - c) : L;
+        const auto put = [room](T* p, const Vec<T>& v) {
+          room == L ? store(p, v) : store_some(p, v, room);
+        };
+        forward<T>(f, z, [&](int64_t slot, const Complex<T>& value) {
+          put(to + slot * out.slot, value.re * factor);
+          put(to + slot * out.slot + out.width, value.im * factor);
+        });
+      }
+    }
+  }
+}
+
+template <class T>
+void synthesise(
+    const Transform<T>& f, const Spectra<T>& in, int64_t rows, int64_t columns, const Results& out,
+    T* scratch) {
+  constexpr int L = kLanes<T>;
+  Vec<T>* z = reinterpret_cast<Vec<T>*>(scratch);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; c += L) {
+      const int lanes = columns - c < L ? static_cast<int>(columns - c) : L;
+      const T* from = in.data + r * in.row + c;
+      if (in.width - c >= L) {
+        inverse<T>(f, z, [&](int64_t slot) {
+          const T* p = from + slot * in.slot;
+          return Complex<T>{load<Vec<T>>(p), load<Vec<T>>(p + in.width)};
+        });
+      } else {
+        inverse<T>(f, z, [&](int64_t slot) {
+          const T* p = from + slot * in.slot;
+          return Complex<T>{load_some<Vec<T>>(p, lanes), load_some<Vec<T>>(p + in.width, lanes)};
+        });
+      }
+      dispatch<T>(out.type, [&]<Element kType>() {
+        using S = Storage<kType>;
+        const int64_t at = r * out.row + c * out.column;
+        const S* base = out.base ? static_cast<const S*>(out.base) + at : nullptr;
+        scatter<T, kType>(z, out.column, lanes, f.b, base, static_cast<S*>(out.data) + at);
+      });
+    }
+  }
+}
+
+// kReal: slot 0, whose real and imaginary parts are two bins of their own.
+template <class T, bool kReal, Weights kWeights, int R, int U>
+C3A_INLINE void multiply_tile(const Multiplication<T>& p, const T* a, const T* b, T* c) {
+  constexpr bool left = kWeights == Weights::left || kWeights == Weights::left_conjugate;
+  constexpr bool conjugate =
+      kWeights == Weights::left_conjugate || kWeights == Weights::right_conjugate;
+  constexpr int L = kLanes<T>;
+  Complex<T> sum[R][U];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      const T* from = c + r * p.c.row + u * L;
+      sum[r][u] = p.accumulate
+                      ? Complex<T>{load<Vec<T>>(from), load<Vec<T>>(from + p.c.imaginary)}
+                      : Complex<T>{};
+    }
+  }
+  for (int64_t s = 0; s < p.terms; ++s) {
+    Complex<T> y[U];
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      const T* from = b + s * p.b.row + u * L;
+      y[u] = {load<Vec<T>>(from), load<Vec<T>>(from + p.b.imaginary)};
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T* from = a + r * p.a.row + s * p.a.column;
+      const T re = from[0], im = from[p.a.imaginary];
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        Complex<T>& t = sum[r][u];
+        if constexpr (kReal) {
+          t.re += y[u].re * re;
+          t.im += y[u].im * im;
+          continue;
+        }
+        t.re += y[u].re * re;
+        // The kernel's real part comes first, wherever the kernel is.
+        const Vec<T> first = left ? y[u].im * re : y[u].re * im;
+        const Vec<T> second = left ? y[u].re * im : y[u].im * re;
+        if constexpr (conjugate) {
+          t.re += y[u].im * im;
+          t.im = t.im + first - second;
+        } else {
+          t.re -= y[u].im * im;
+          t.im = t.im + first + second;
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      T* to = c + r * p.c.row + u * L;
+      store(to, sum[r][u].re);
+      store(to + p.c.imaginary, sum[r][u].im);
+    }
+  }
+}
+
+constexpr int kTileRows = 4;
+constexpr int kTileVectors = kVectorBytes == 64 ? 2 : 1;  // 32 registers or 16
+
+template <class T, bool kReal, Weights kWeights, int U>
+C3A_INLINE void multiply_rows(const Multiplication<T>& p, const T* a, const T* b, T* c) {
+  int64_t r = 0;
+  while (r < p.rows) {
+    const int64_t left = p.rows - r;
+    const T* from = a + r * p.a.row;
+    T* to = c + r * p.c.row;
+    if (left >= kTileRows && left != kTileRows + 1) {
+      multiply_tile<T, kReal, kWeights, kTileRows, U>(p, from, b, to);
+      r += kTileRows;
+    } else if (left >= 3) {
+      multiply_tile<T, kReal, kWeights, 3, U>(p, from, b, to);
+      r += 3;
+    } else if (left == 2) {
+      multiply_tile<T, kReal, kWeights, 2, U>(p, from, b, to);
+      r += 2;
+    } else {
+      multiply_tile<T, kReal, kWeights, 1, U>(p, from, b, to);
+      r += 1;
+    }
+  }
+}
+
+template <class T, bool kReal, Weights kWeights>
+void multiply_slots(const Multiplication<T>& p, int64_t first, int64_t last) {
+  constexpr int L = kLanes<T>, U = kTileVectors;
+  for (int64_t q = first; q < last; ++q) {
+    const T* a = p.a.data + q * p.a.slot;
+    const T* b = p.b.data + q * p.b.slot;
+    T* c = p.c.data + q * p.c.slot;
+    int64_t v = 0;
+    for (; v + U * L <= p.columns; v += U * L) multiply_rows<T, kReal, kWeights, U>(p, a, b + v, c + v);
+    for (; v < p.columns; v += L) multiply_rows<T, kReal, kWeights, 1>(p, a, b + v, c + v);
+  }
+}
+
+template <class T, Weights kWeights>
+void multiply_all(const Multiplication<T>& p) {
+  multiply_slots<T, true, kWeights>(p, 0, 1);
+  multiply_slots<T, false, kWeights>(p, 1, p.slots);
+}
+
+template <class T>
+void multiply(const Multiplication<T>& p) {
+  switch (p.weights) {
+    case Weights::left: return multiply_all<T, Weights::left>(p);
+    case Weights::left_conjugate: return multiply_all<T, Weights::left_conjugate>(p);
+    case Weights::right: return multiply_all<T, Weights::right>(p);
+    case Weights::right_conjugate: return multiply_all<T, Weights::right_conjugate>(p);
+  }
+}
+
+// R x S sums over lanes; 2 R S of them are at most a vector.
+template <class T, bool kReal, int R, int S>
+C3A_INLINE void correlate_tile(
+    const T* a, const T* b, const Spectra<T>& as, const Spectra<T>& bs, int64_t columns, T* c,
+    int64_t c_row, int64_t c_width, bool accumulate) {
+  constexpr int L = kLanes<T>;
+  Complex<T> sum[R][S] = {};
+  for (int64_t v = 0; v < columns; v += L) {
+    Complex<T> y[S];
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) {
+      const T* from = b + s * bs.row + v;
+      y[s] = {load<Vec<T>>(from), load<Vec<T>>(from + bs.width)};
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T* from = a + r * as.row + v;
+      const Complex<T> x{load<Vec<T>>(from), load<Vec<T>>(from + as.width)};
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) {
+        Complex<T>& t = sum[r][s];
+        if constexpr (kReal) {
+          t.re += x.re * y[s].re;
+          t.im += x.im * y[s].im;
+        } else {
+          t.re += x.re * y[s].re;
+          t.re += x.im * y[s].im;
+          t.im += x.re * y[s].im;
+          t.im -= x.im * y[s].re;
+        }
+      }
+    }
+  }
+  Vec<T> flat[L] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < R * S; ++i) {
+    flat[i] = sum[i / S][i % S].re;
+    flat[R * S + i] = sum[i / S][i % S].im;
+  }
+  T total[L];
+  store(total, sums_over_lanes<T>(flat));
+#pragma GCC unroll 16
+  for (int i = 0; i < R * S; ++i) {
+    T* to = c + i / S * c_row + i % S;
+    to[0] = accumulate ? to[0] + total[i] : total[i];
+    to[c_width] = accumulate ? to[c_width] + total[R * S + i] : total[R * S + i];
+  }
+}
+
+template <class T, bool kReal, int R>
+C3A_INLINE void correlate_rows(
+    const T* a, const T* b, const Spectra<T>& as, const Spectra<T>& bs, int64_t columns, T* c,
+    const Spectra<T>& cs, int64_t n, bool accumulate) {
+  constexpr int S = kLanes<T> >= 4 ? kLanes<T> / 4 : 1;
+  int64_t j = 0;
+  const auto tile = [&]<int kS>() {
+    correlate_tile<T, kReal, R, kS>(
+        a, b + j * bs.row, as, bs, columns, c + j, cs.row, cs.width, accumulate);
+    j += kS;
+  };
+  while (j + S <= n) tile.template operator()<S>();
+  if constexpr (S > 2) {
+    while (j + 2 <= n) tile.template operator()<2>();
+  }
+  if constexpr (S > 1) {
+    while (j < n) tile.template operator()<1>();
+  }
+}
+
+template <class T, bool kReal>
+void correlate_slots(
+    int64_t first, int64_t last, int64_t m, int64_t n, int64_t columns, const Spectra<T>& a,
+    const Spectra<T>& b, const Spectra<T>& c, bool accumulate) {
+  for (int64_t q = first; q < last; ++q) {
+    const T* at_a = a.data + q * a.slot;
+    const T* at_b = b.data + q * b.slot;
+    T* to = c.data + q * c.slot;
+    int64_t i = 0;
+    if constexpr (kLanes<T> >= 4) {
+      for (; i + 2 <= m; i += 2) {
+        correlate_rows<T, kReal, 2>(
+            at_a + i * a.row, at_b, a, b, columns, to + i * c.row, c, n, accumulate);
+      }
+    }
+    for (; i < m; ++i) {
+      correlate_rows<T, kReal, 1>(
+          at_a + i * a.row, at_b, a, b, columns, to + i * c.row, c, n, accumulate);
+    }
+  }
+}
+
+template <class T>
+void correlate(
+    int64_t slots, int64_t m, int64_t n, int64_t columns, const Spectra<T>& a, const Spectra<T>& b,
+    const Spectra<T>& c, bool accumulate) {
+  correlate_slots<T, true>(0, 1, m, n, columns, a, b, c, accumulate);
+  correlate_slots<T, false>(1, slots, m, n, columns, a, b, c, accumulate);
+}
+
+template <class T>
+constexpr Kernel<T> kernel = {
+    kLanes<T>, &analyse<T>, &synthesise<T>, &multiply<T>, &correlate<T>};
+
+}  // namespace C3A_LEVEL
+
+#define C3A_TEXT(x) #x
+#define C3A_NAME(x) C3A_TEXT(x)
+#define C3A_JOIN(x) level_##x
+#define C3A_OBJECT(x) C3A_JOIN(x)
+
+// Level C3A_LEVEL's object, level_<its name>.
+extern const Level C3A_OBJECT(C3A_LEVEL);
+const Level C3A_OBJECT(C3A_LEVEL) = {
+    C3A_NAME(C3A_LEVEL), C3A_LEVEL::kernel<float>, C3A_LEVEL::kernel<double>};
+
+}  // namespace c3a::cpu
