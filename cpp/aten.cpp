@@ -38,7 +38,8 @@ Tensor spectra(const Tensor& a, ScalarType type, int64_t rows, int64_t blocks, i
   return torch::stable::contiguous(call_aten("aten::permute", a_hat, Dims{2, 0, 1}));
 }
 
-// (bins, rows, blocks), complex -> `out`, which holds rows * blocks * b numbers, onto `base` if given
+// (bins, rows, blocks), complex -> `out`, which holds rows * blocks * b numbers, onto `base` if
+// given
 void inverse(const Tensor& a_hat, int64_t b, const Tensor* base, Tensor& out) {
   const Tensor by_row = call_aten("aten::permute", a_hat, Dims{1, 2, 0});
   const Tensor a = call_aten("aten::_fft_c2r", by_row, Dims{2}, kScaleByLength, b);

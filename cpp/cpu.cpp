@@ -3,8 +3,8 @@
 // once; cpu_kernel.cpp does the arithmetic.
 //
 // A vector's lanes are tokens (columns of spectra are tokens, rows are blocks) or, where that fills
-// them better, blocks (columns are blocks, rows are tokens). Either way a bin's product is one small
-// matrix product, kernel times activations or activations times kernel.
+// them better, blocks (columns are blocks, rows are tokens). Either way a bin's product is one
+// small matrix product, kernel times activations or activations times kernel.
 
 #include <algorithm>
 #include <atomic>
@@ -103,6 +103,9 @@ struct Blocked {
       : data(static_cast<char*>(t.data_ptr())), type(t.scalar_type()), row(blocks * b), block(b) {}
 
   char* at(int64_t r, int64_t i) const { return data + (r * row + i * block) * size_of(type); }
+  Range range(int64_t r, int64_t count) const {
+    return {at(r, 0), at(r + std::max<int64_t>(count, 0), 0)};
+  }
 };
 
 enum class Lanes { tokens, blocks };
@@ -111,8 +114,9 @@ enum class Lanes { tokens, blocks };
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t threads, int64_t bytes)
-      : bytes_(round_up(bytes, 64)), memory_(torch::stable::new_empty(
-            like, {threads * bytes_}, ScalarType::Byte)), threads_(threads) {}
+      : bytes_(round_up(bytes, 64)),
+        memory_(torch::stable::new_empty(like, {threads * bytes_}, ScalarType::Byte)),
+        threads_(threads) {}
 
   // A part for the caller, each part once.
   char* take() {
@@ -135,14 +139,15 @@ void parallel(
   const int64_t threads = std::min<int64_t>(
       torch::stable::get_num_threads(), std::max<int64_t>(1, (count + grain - 1) / grain));
   Workspace workspace(like, threads, bytes_per_thread);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    f(begin, end, workspace.take());
-  });
+  torch::stable::parallel_for(
+      0, count, grain, [&](int64_t begin, int64_t end) { f(begin, end, workspace.take()); });
 }
 
 template <class T>
 class Call {
  public:
+  static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+
   Call(const Problem& problem, const Plan& plan, const Tensor& like)
       : p_(problem), f_(plan.transform<T>()), k_(kernel<T>()), like_(like), lanes_(choose()) {}
 
@@ -153,10 +158,8 @@ class Call {
     const Blocked in(w, p_.m * p_.n, p_.b);
     const int64_t rows = forward ? p_.n : p_.m, width = forward ? p_.m : p_.n;
     const int64_t row = forward ? p_.b : p_.n * p_.b, column = forward ? p_.n * p_.b : p_.b;
-    // A last vector may be read beyond the end.
-    const Tensor w_hat = torch::stable::new_empty(
-        like_, {f_.slots() * rows * 2 * width + k_.lanes}, kType);
-    const Spectra<T> out = kernel_spectra(w_hat, rows, width);
+    const Tensor w_hat = torch::stable::new_empty(like_, {spectra_size(product)}, kType);
+    const Spectra<T> out = kernel_spectra(numbers(w_hat), rows, width);
     const T factor = static_cast<T>(scale) / f_.gain();
     parallel(
         like_, rows, grain(width * p_.b), sizeof(T) * f_.scratch(k_.lanes),
@@ -164,9 +167,18 @@ class Call {
           const Signals part{
               in.data + begin * row * size_of(in.type), element(in.type), row, column};
           const Spectra<T> to{out.data + begin * out.row, out.slot, out.row, out.width};
-          k_.analyse(f_, part, end - begin, width, factor, to, reinterpret_cast<T*>(scratch));
+          Ahead nothing{};
+          k_.analyse(
+              f_, part, end - begin, width, factor, to, reinterpret_cast<T*>(scratch), nothing);
         });
     return w_hat;
+  }
+
+  // numbers that `spectra` returns: a last vector may be read beyond the end
+  int64_t spectra_size(Product product) const {
+    const bool forward = product == Product::forward;
+    return kernel_spectra({}, forward ? p_.n : p_.m, forward ? p_.m : p_.n).slot * f_.slots() +
+           k_.lanes;
   }
 
   // out = base + a w, or its transpose
@@ -176,7 +188,7 @@ class Call {
     const bool forward = product == Product::forward;
     const int64_t terms = forward ? p_.n : p_.m, rows = forward ? p_.m : p_.n;
     const Blocked in(a, terms, p_.b), to(out, rows, p_.b);
-    const int64_t tile = tile_tokens(512 * 1024, 2);
+    const int64_t tile = tile_tokens(kTileBytes, 2);
     const int64_t in_size = slab_size(terms, tile), out_size = slab_size(rows, tile);
     parallel(
         like_, (p_.tokens + tile - 1) / tile, grain(tile * (terms + rows) * p_.b),
@@ -184,13 +196,15 @@ class Call {
         [&](int64_t begin, int64_t end, char* memory) {
           T* scratch = reinterpret_cast<T*>(memory);
           T* in_slab = scratch + f_.scratch(k_.lanes);
-          for (int64_t t = begin * tile; t < std::min(end * tile, p_.tokens); t += tile) {
-            const int64_t count = std::min(tile, p_.tokens - t);
+          const int64_t last = std::min(end * tile, p_.tokens);
+          for (int64_t t = begin * tile; t < last; t += tile) {
+            const int64_t count = std::min(tile, last - t);
             const Spectra<T> a_hat = slab(in_slab, terms, count);
             const Spectra<T> out_hat = slab(in_slab + in_size, rows, count);
-            transform(in, t, count, terms, a_hat, scratch);
-            multiply(product, count, a_hat, w_hat, out_hat);
-            transform_back(out_hat, t, count, rows, to, base, scratch);
+            Ahead ahead{to.range(t, count), in.range(t + tile, std::min(tile, last - t - tile))};
+            transform(in, t, count, terms, a_hat, scratch, ahead);
+            multiply(product, count, a_hat, w_hat, out_hat, ahead);
+            transform_back(out_hat, t, count, rows, to, base, scratch, ahead);
           }
         });
   }
@@ -200,7 +214,7 @@ class Call {
       const Tensor& g, const Tensor& x, const Tensor* w_hat, double scale, Tensor* dx,
       const Tensor& dw) const {
     const Blocked in_g(g, p_.m, p_.b), in_x(x, p_.n, p_.b);
-    const int64_t tile = tile_tokens(1024 * 1024, 8);
+    const int64_t tile = tile_tokens(2 * kTileBytes, 8);
     const int64_t tiles = (p_.tokens + tile - 1) / tile;
     const int64_t g_size = slab_size(p_.m, tile), x_size = slab_size(p_.n, tile);
     const int64_t width = lanes_ == Lanes::blocks ? round_up(p_.n, k_.lanes) : p_.n;
@@ -210,7 +224,7 @@ class Call {
     const int64_t most = std::max<int64_t>(1, 8 * 1024 * 1024 / (size * sizeof(T)));
     const int64_t parts = std::max<int64_t>(1, std::min({p_.tokens / 256, most, int64_t{16}}));
     const Tensor sums = torch::stable::new_empty(like_, {parts * size}, kType);
-    T* sum = static_cast<T*>(sums.data_ptr());
+    T* sum = numbers(sums);
     const auto spectra_of_part = [&](int64_t part) {
       return Spectra<T>{sum + part * size, p_.m * 2 * width, 2 * width, width};
     };
@@ -227,14 +241,18 @@ class Call {
               const int64_t t = i * tile, count = std::min(tile, p_.tokens - t);
               const Spectra<T> g_hat = slab(g_slab, p_.m, count);
               const Spectra<T> x_hat = slab(x_slab, p_.n, count);
-              transform(in_g, t, count, p_.m, g_hat, scratch);
+              Ahead ahead{{}, in_x.range(t, count)};
+              if (dx) ahead.soon = Blocked(*dx, p_.n, p_.b).range(t, count);
+              transform(in_g, t, count, p_.m, g_hat, scratch, ahead);
               if (dx) {
-                multiply(Product::input_grad, count, g_hat, *w_hat, x_hat);
+                multiply(Product::input_grad, count, g_hat, *w_hat, x_hat, ahead);
                 transform_back(
-                    x_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), nullptr, scratch);
+                    x_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), nullptr, scratch, ahead);
               }
-              transform(in_x, t, count, p_.n, x_hat, scratch);
-              accumulate(count, g_hat, x_hat, spectra_of_part(part), i != first);
+              if (i + 1 < last)
+                ahead = {in_g.range(t + tile, std::min(tile, p_.tokens - t - tile)), {}};
+              transform(in_x, t, count, p_.n, x_hat, scratch, ahead);
+              accumulate(count, g_hat, x_hat, spectra_of_part(part), i != first, ahead);
             }
           }
         });
@@ -251,15 +269,17 @@ class Call {
     parallel(
         like_, p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
         [&](int64_t begin, int64_t end, char* scratch) {
-          const Results to{
-              out.at(begin * p_.n, 0), nullptr, element(out.type), p_.n * p_.b, p_.b};
+          const Results to{out.at(begin * p_.n, 0), nullptr, element(out.type), p_.n * p_.b, p_.b};
           const Spectra<T> from{total.data + begin * total.row, total.slot, total.row, width};
-          k_.synthesise(f_, from, end - begin, p_.n, to, reinterpret_cast<T*>(scratch));
+          Ahead nothing{};
+          k_.synthesise(f_, from, end - begin, p_.n, to, reinterpret_cast<T*>(scratch), nothing);
         });
   }
 
  private:
-  static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  // The spectra of a tile of tokens, on both sides of a product: a share of a second-level cache
+  // that leaves room for the kernel's spectra and the tiles that are on their way.
+  static constexpr int64_t kTileBytes = 128 * 1024;
 
   // The way that fills lanes better.
   Lanes choose() const {
@@ -274,8 +294,8 @@ class Call {
   // vectors of them, or at least one vector (or token).
   int64_t tile_tokens(int64_t bytes, int64_t vectors) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
-    const int64_t blocks = by_blocks ? round_up(p_.m, k_.lanes) + round_up(p_.n, k_.lanes)
-                                     : p_.m + p_.n;
+    const int64_t blocks =
+        by_blocks ? round_up(p_.m, k_.lanes) + round_up(p_.n, k_.lanes) : p_.m + p_.n;
     const int64_t unit = by_blocks ? 1 : k_.lanes;
     const int64_t fit = bytes / (blocks * p_.b * unit * static_cast<int64_t>(sizeof(T)));
     return unit * std::clamp<int64_t>(fit, 1, by_blocks ? 64 : vectors);
@@ -301,56 +321,60 @@ class Call {
     return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work));
   }
 
-  static Spectra<T> kernel_spectra(const Tensor& w_hat, int64_t rows, int64_t width) {
-    return {static_cast<T*>(w_hat.data_ptr()), rows * 2 * width, 2 * width, width};
+  static Spectra<T> kernel_spectra(T* data, int64_t rows, int64_t width) {
+    return {data, rows * 2 * width, 2 * width, width};
   }
+  static T* numbers(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 
   void transform(
-      const Blocked& a, int64_t t, int64_t count, int64_t blocks, const Spectra<T>& out,
-      T* scratch) const {
+      const Blocked& a, int64_t t, int64_t count, int64_t blocks, const Spectra<T>& out, T* scratch,
+      Ahead& ahead) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
     const Signals in{
         a.at(t, 0), element(a.type), by_blocks ? a.row : a.block, by_blocks ? a.block : a.row};
     k_.analyse(
-        f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, T{1}, out, scratch);
+        f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, T{1}, out, scratch, ahead);
   }
 
   void transform_back(
       const Spectra<T>& in, int64_t t, int64_t count, int64_t blocks, const Blocked& out,
-      const Tensor* base, T* scratch) const {
+      const Tensor* base, T* scratch, Ahead& ahead) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
     const Results to{
         out.at(t, 0), base ? Blocked(*base, blocks, p_.b).at(t, 0) : nullptr, element(out.type),
         by_blocks ? out.row : out.block, by_blocks ? out.block : out.row};
-    k_.synthesise(f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, to, scratch);
+    k_.synthesise(
+        f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, to, scratch, ahead);
   }
 
   // y^ = conj(w^) x^ over blocks, or dx^ = transpose(w^) g^
   void multiply(
       Product product, int64_t count, const Spectra<T>& a, const Tensor& w_hat,
-      const Spectra<T>& out) const {
+      const Spectra<T>& out, Ahead& ahead) const {
     const bool forward = product == Product::forward;
     const int64_t terms = forward ? p_.n : p_.m, rows = forward ? p_.m : p_.n;
-    const Spectra<T> w = kernel_spectra(w_hat, terms, rows);
+    const Spectra<T> w = kernel_spectra(numbers(w_hat), terms, rows);
     const Matrix<const T> activations{a.data, a.slot, a.row, 1, a.width};
     const Matrix<T> result{out.data, out.slot, out.row, 1, out.width};
     if (lanes_ == Lanes::blocks) {
       const Matrix<const T> weights{w.data, w.slot, w.row, 1, w.width};
       k_.multiply(
           {f_.slots(), count, terms, rows, activations, weights, result,
-           forward ? Weights::right_conjugate : Weights::right, /* accumulate= */ false});
+           forward ? Weights::right_conjugate : Weights::right, /* accumulate= */ false},
+          ahead);
     } else {
       const Matrix<const T> weights{w.data, w.slot, 1, w.row, w.width};
       k_.multiply(
           {f_.slots(), rows, terms, count, weights, activations, result,
-           forward ? Weights::left_conjugate : Weights::left, /* accumulate= */ false});
+           forward ? Weights::left_conjugate : Weights::left, /* accumulate= */ false},
+          ahead);
     }
   }
 
   // dw^ (+)= sum over tokens of conj(g^) x^
   void accumulate(
-      int64_t count, const Spectra<T>& g, const Spectra<T>& x, const Spectra<T>& dw,
-      bool onto) const {
+      int64_t count, const Spectra<T>& g, const Spectra<T>& x, const Spectra<T>& dw, bool onto,
+      Ahead& ahead) const {
     if (lanes_ == Lanes::tokens) {
       return k_.correlate(f_.slots(), p_.m, p_.n, count, g, x, dw, onto);
     }
@@ -358,7 +382,7 @@ class Call {
     const Matrix<const T> right{x.data, x.slot, x.row, 1, x.width};
     const Matrix<T> result{dw.data, dw.slot, dw.row, 1, dw.width};
     k_.multiply(
-        {f_.slots(), p_.m, count, p_.n, left, right, result, Weights::left_conjugate, onto});
+        {f_.slots(), p_.m, count, p_.n, left, right, result, Weights::left_conjugate, onto}, ahead);
   }
 
   const Problem& p_;
@@ -368,35 +392,96 @@ class Call {
   Lanes lanes_;
 };
 
+Tensor doubles(const Tensor& t) { return torch::stable::to(t, ScalarType::Double); }
+
+// f fills `out`, or doubles that are then rounded to it.
+template <class F>
+void in_doubles(Tensor& out, const F& f) {
+  if (out.scalar_type() == ScalarType::Double) return f(out);
+  const std::vector<int64_t> sizes(out.sizes().begin(), out.sizes().end());
+  Tensor exact = torch::stable::new_empty(out, sizes, ScalarType::Double);
+  f(exact);
+  torch::stable::copy_(out, exact);
+}
+
+// The plan of a problem, or none: then ATen's transforms compute.
+std::shared_ptr<const Plan> plan_of(const Problem& p) {
+  return in_use().level ? plan_for(p.b) : nullptr;
+}
+
 struct Cpu {
   static void run(
       const Problem& p, Product product, const Tensor& a, const Tensor& b, double scale,
       const Tensor* base, Tensor& out) {
-    const auto plan = in_use().level ? plan_for(p.b) : nullptr;
+    const auto plan = plan_of(p);
     if (!plan) return Aten::run(p, product, a, b, scale, base, out);
-    if (base ? compute_type({a, b, *base}) == ScalarType::Double
-             : compute_type({a, b}) == ScalarType::Double) {
-      return in_doubles(out, [&](Tensor& y) {
-        const Tensor base_d = base ? doubles(*base) : y;
-        run_in<double>(p, *plan, product, doubles(a), doubles(b), scale, base ? &base_d : nullptr, y);
-      });
+    if (compute_type({a, b, base ? *base : a}) == ScalarType::Float) {
+      return run_in<float>(p, *plan, product, a, b, scale, base, out);
     }
-    run_in<float>(p, *plan, product, a, b, scale, base, out);
+    in_doubles(out, [&](Tensor& y) {
+      const Tensor onto = base ? doubles(*base) : y;
+      run_in<double>(p, *plan, product, doubles(a), doubles(b), scale, base ? &onto : nullptr, y);
+    });
   }
 
   static void backward(
       const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
       Tensor& dw) {
-    const auto plan = in_use().level ? plan_for(p.b) : nullptr;
+    const auto plan = plan_of(p);
     if (!plan) return Aten::backward(p, g, x, w, scale, dx, dw);
-    if (compute_type({g, x, w}) == ScalarType::Double) {
-      return in_doubles(dx, [&](Tensor& dx_d) {
-        in_doubles(dw, [&](Tensor& dw_d) {
-          backward_in<double>(p, *plan, doubles(g), doubles(x), doubles(w), scale, dx_d, dw_d);
-        });
-      });
+    if (compute_type({g, x, w}) == ScalarType::Float) {
+      return backward_in<float>(p, *plan, g, x, w, scale, dx, dw);
     }
-    backward_in<float>(p, *plan, g, x, w, scale, dx, dw);
+    in_doubles(dx, [&](Tensor& dx_exact) {
+      in_doubles(dw, [&](Tensor& dw_exact) {
+        backward_in<double>(
+            p, *plan, doubles(g), doubles(x), doubles(w), scale, dx_exact, dw_exact);
+      });
+    });
+  }
+
+  // The forward or the input gradient in two steps, for callers that keep the first one's result.
+
+  static Tensor kernel_spectra(Tensor w, ScalarType dtype, bool transposed, double scale) {
+    check_kernel("_kernel_spectra", w);
+    const Problem p{1, w.size(0), w.size(1), w.size(2)};
+    const auto plan = plan_of(p);
+    if (!plan) return torch::stable::new_empty(w, {0}, dtype);
+    const Product product = transposed ? Product::input_grad : Product::forward;
+    const Tensor kernel = torch::stable::contiguous(
+        torch::stable::to(w, dtype == ScalarType::Double ? ScalarType::Double : w.scalar_type()));
+    if (dtype == ScalarType::Float) return Call<float>(p, *plan, w).spectra(kernel, product, scale);
+    return Call<double>(p, *plan, w).spectra(kernel, product, scale);
+  }
+
+  static void apply_spectra(
+      Tensor out, Tensor a, Tensor w, Tensor w_hat, bool transposed, std::optional<Tensor> base) {
+    const char* op = "_apply_spectra";
+    const Named named{transposed ? "grad_output" : "x", a};
+    const Problem p = problem_of(op, named, w, transposed ? "m" : "n");
+    check_onto(op, "out", out, a, transposed ? p.in_features() : p.out_features());
+    const Product product = transposed ? Product::input_grad : Product::forward;
+    const auto plan = plan_of(p);
+    check(plan != nullptr, op, "expected a block size with spectra, got ", p.b);
+    if (p.tokens == 0) return;
+    const auto run = [&](auto type, const Tensor& x, const Tensor* onto, Tensor& y) {
+      using T = decltype(type);
+      const Call<T> call(p, *plan, x);
+      const int64_t expected = call.spectra_size(product);
+      check(
+          w_hat.numel() == expected && w_hat.scalar_type() == Call<T>::kType, op,
+          "expected spectra of ", expected, " numbers, got ", w_hat.numel());
+      call.apply(product, x, w_hat, onto, y);
+    };
+    const Tensor x = torch::stable::contiguous(a);
+    const auto fill = [&](Tensor& y, const Tensor* onto) {
+      if (w_hat.scalar_type() == ScalarType::Float) return run(float{}, x, onto, y);
+      in_doubles(y, [&](Tensor& exact) {
+        const Tensor onto_exact = onto ? doubles(*onto) : exact;
+        run(double{}, doubles(x), onto ? &onto_exact : nullptr, exact);
+      });
+    };
+    onto(out, base ? &*base : nullptr, {x, w, w_hat}, fill);
   }
 
  private:
@@ -419,18 +504,6 @@ struct Cpu {
     const Tensor w_hat = call.spectra(w, Product::input_grad, scale);
     call.backward(g, x, &w_hat, scale, &dx, dw);
   }
-
-  static Tensor doubles(const Tensor& t) { return torch::stable::to(t, ScalarType::Double); }
-
-  // f fills `out`, or doubles that are then rounded to it.
-  template <class F>
-  static void in_doubles(Tensor& out, const F& f) {
-    if (out.scalar_type() == ScalarType::Double) return f(out);
-    const std::vector<int64_t> sizes(out.sizes().begin(), out.sizes().end());
-    Tensor exact = torch::stable::new_empty(out, sizes, ScalarType::Double);
-    f(exact);
-    torch::stable::copy_(out, exact);
-  }
 };
 
 }  // namespace
@@ -441,4 +514,8 @@ extern "C" __attribute__((visibility("default"))) const char* c3a_cpu_capability
   return c3a::cpu::in_use().name;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(c3a, CPU, m) { c3a::Operators<c3a::cpu::Cpu>::register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(c3a, CPU, m) {
+  c3a::Operators<c3a::cpu::Cpu>::register_all(m);
+  m.impl("_kernel_spectra", TORCH_BOX(&c3a::cpu::Cpu::kernel_spectra));
+  m.impl("_apply_spectra", TORCH_BOX(&c3a::cpu::Cpu::apply_spectra));
+}

@@ -10,14 +10,25 @@
 namespace c3a::cpu {
 namespace C3A_LEVEL {
 
-// `lanes` signals of length b, `lane` elements apart, into z[u] for u < b; the other lanes are zero.
+// Prefetches up to `lines` cache lines of a range.
+C3A_INLINE void ask(Range& range, int64_t lines) {
+  for (; lines > 0 && range.begin < range.end; --lines) {
+    __builtin_prefetch(range.begin, 0, 2);
+    range.begin += 64;
+  }
+}
+
+// `lanes` signals of length b, `lane` elements apart, into z[u] for u < b; the other lanes are
+// zero.
 template <class T, Element kType>
-void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>* z) {
+void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>* z, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   if constexpr (kType == Element::bf16) {
     // A pair of bfloat16 is transposed as one element: each half is a float's upper half.
     int64_t u = 0;
     for (; u + 2 * L <= b; u += 2 * L) {
+      ask(ahead.soon, L / 2);
+      ask(ahead.later, L / 4);
       Vec<T> r[L];
 #pragma GCC unroll 16
       for (int l = 0; l < L; ++l) r[l] = l < lanes ? load<Vec<T>>(p + l * lane + u) : Vec<T>{};
@@ -32,6 +43,8 @@ void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>*
     p += u, b -= u, z += u;
   }
   for (int64_t u = 0; u < b; u += L) {
+    ask(ahead.soon, L / 2);
+    ask(ahead.later, L / 4);
     const int count = b - u < L ? static_cast<int>(b - u) : L;
     Vec<T> r[L];
     if (count == L && lanes == L) {
@@ -56,9 +69,10 @@ void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>*
 template <class T, Element kType>
 void scatter(
     const Vec<T>* z, int64_t lane, int lanes, int64_t b, const Storage<kType>* base,
-    Storage<kType>* p) {
+    Storage<kType>* p, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   for (int64_t u = 0; u < b; u += L) {
+    ask(ahead.later, L / 2);
     const int count = b - u < L ? static_cast<int>(b - u) : L;
     Vec<T> r[L];
     if (count == L) {
@@ -103,7 +117,7 @@ C3A_INLINE void dispatch(Element type, const F& f) {
 template <class T>
 void analyse(
     const Transform<T>& f, const Signals& in, int64_t rows, int64_t columns, T factor,
-    const Spectra<T>& out, T* scratch) {
+    const Spectra<T>& out, T* scratch, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   Vec<T>* z = reinterpret_cast<Vec<T>*>(scratch);
   for (int64_t r = 0; r < rows; ++r) {
@@ -111,7 +125,7 @@ void analyse(
       const int lanes = columns - c < L ? static_cast<int>(columns - c) : L;
       dispatch<T>(in.type, [&]<Element kType>() {
         const auto* p = static_cast<const Storage<kType>*>(in.data) + r * in.row + c * in.column;
-        gather<T, kType>(p, in.column, lanes, f.b, z);
+        gather<T, kType>(p, in.column, lanes, f.b, z, ahead);
       });
       T* to = out.data + r * out.row + c;
       if (factor == 1 && out.width - c >= L) {
@@ -136,7 +150,7 @@ void analyse(
 template <class T>
 void synthesise(
     const Transform<T>& f, const Spectra<T>& in, int64_t rows, int64_t columns, const Results& out,
-    T* scratch) {
+    T* scratch, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   Vec<T>* z = reinterpret_cast<Vec<T>*>(scratch);
   for (int64_t r = 0; r < rows; ++r) {
@@ -158,7 +172,7 @@ void synthesise(
         using S = Storage<kType>;
         const int64_t at = r * out.row + c * out.column;
         const S* base = out.base ? static_cast<const S*>(out.base) + at : nullptr;
-        scatter<T, kType>(z, out.column, lanes, f.b, base, static_cast<S*>(out.data) + at);
+        scatter<T, kType>(z, out.column, lanes, f.b, base, static_cast<S*>(out.data) + at, ahead);
       });
     }
   }
@@ -177,9 +191,8 @@ C3A_INLINE void multiply_tile(const Multiplication<T>& p, const T* a, const T* b
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
       const T* from = c + r * p.c.row + u * L;
-      sum[r][u] = p.accumulate
-                      ? Complex<T>{load<Vec<T>>(from), load<Vec<T>>(from + p.c.imaginary)}
-                      : Complex<T>{};
+      sum[r][u] = p.accumulate ? Complex<T>{load<Vec<T>>(from), load<Vec<T>>(from + p.c.imaginary)}
+                               : Complex<T>{};
     }
   }
   for (int64_t s = 0; s < p.terms; ++s) {
@@ -253,31 +266,36 @@ C3A_INLINE void multiply_rows(const Multiplication<T>& p, const T* a, const T* b
 }
 
 template <class T, bool kReal, Weights kWeights>
-void multiply_slots(const Multiplication<T>& p, int64_t first, int64_t last) {
+void multiply_slots(const Multiplication<T>& p, int64_t first, int64_t last, Ahead& ahead) {
   constexpr int L = kLanes<T>, U = kTileVectors;
   for (int64_t q = first; q < last; ++q) {
+    // All that is left of the one range, half of the other.
+    ask(ahead.soon, (ahead.soon.end - ahead.soon.begin) / (64 * (last - q)) + 1);
+    ask(ahead.later, (ahead.later.end - ahead.later.begin) / (128 * (last - q)) + 1);
     const T* a = p.a.data + q * p.a.slot;
     const T* b = p.b.data + q * p.b.slot;
     T* c = p.c.data + q * p.c.slot;
     int64_t v = 0;
-    for (; v + U * L <= p.columns; v += U * L) multiply_rows<T, kReal, kWeights, U>(p, a, b + v, c + v);
+    for (; v + U * L <= p.columns; v += U * L)
+      multiply_rows<T, kReal, kWeights, U>(p, a, b + v, c + v);
     for (; v < p.columns; v += L) multiply_rows<T, kReal, kWeights, 1>(p, a, b + v, c + v);
   }
 }
 
 template <class T, Weights kWeights>
-void multiply_all(const Multiplication<T>& p) {
-  multiply_slots<T, true, kWeights>(p, 0, 1);
-  multiply_slots<T, false, kWeights>(p, 1, p.slots);
+void multiply_all(const Multiplication<T>& p, Ahead& ahead) {
+  Ahead nothing{};
+  multiply_slots<T, true, kWeights>(p, 0, 1, nothing);
+  multiply_slots<T, false, kWeights>(p, 1, p.slots, ahead);
 }
 
 template <class T>
-void multiply(const Multiplication<T>& p) {
+void multiply(const Multiplication<T>& p, Ahead& ahead) {
   switch (p.weights) {
-    case Weights::left: return multiply_all<T, Weights::left>(p);
-    case Weights::left_conjugate: return multiply_all<T, Weights::left_conjugate>(p);
-    case Weights::right: return multiply_all<T, Weights::right>(p);
-    case Weights::right_conjugate: return multiply_all<T, Weights::right_conjugate>(p);
+    case Weights::left: return multiply_all<T, Weights::left>(p, ahead);
+    case Weights::left_conjugate: return multiply_all<T, Weights::left_conjugate>(p, ahead);
+    case Weights::right: return multiply_all<T, Weights::right>(p, ahead);
+    case Weights::right_conjugate: return multiply_all<T, Weights::right_conjugate>(p, ahead);
   }
 }
 
@@ -381,8 +399,7 @@ void correlate(
 }
 
 template <class T>
-constexpr Kernel<T> kernel = {
-    kLanes<T>, &analyse<T>, &synthesise<T>, &multiply<T>, &correlate<T>};
+constexpr Kernel<T> kernel = {kLanes<T>, &analyse<T>, &synthesise<T>, &multiply<T>, &correlate<T>};
 
 }  // namespace C3A_LEVEL
 

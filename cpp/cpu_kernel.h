@@ -1,5 +1,5 @@
-// What cpu.cpp asks of an instruction-set level: plain structs and pointers, so that nothing that is
-// compiled for a level can leak into code that runs without it.
+// What cpu.cpp asks of an instruction-set level: plain structs and pointers, so that nothing that
+// is compiled for a level can leak into code that runs without it.
 //
 // The spectrum of a real signal of length b lies in slots() complex numbers: for even b, slot 0
 // holds the two real bins 0 and b/2 as its parts and slot k bin k; for odd b slot k holds bin k.
@@ -18,10 +18,10 @@ template <class T>
 struct Transform {
   int64_t b, h;
   int passes;
-  const int32_t* radices;      // their product is h
-  const T* const* twiddles;    // of pass p: (re, im) for k < m, 1 <= q < r, k slowest
-  const T* split;              // (re, im) of i exp(-2 pi i k / b) for k <= h / 2; even b
-  const int32_t* position;     // where the passes leave bin k < h
+  const int32_t* radices;    // their product is h
+  const T* const* twiddles;  // of pass p: (re, im) for k < m, 1 <= q < r, k slowest
+  const T* split;            // (re, im) of i exp(-2 pi i k / b) for k <= h / 2; even b
+  const int32_t* position;   // where the passes leave bin k < h
   int64_t slots() const { return (b + 1) / 2; }
   // synthesise(analyse(x) * analyse(w)) is this much more than the circular convolution
   T gain() const { return static_cast<T>(b % 2 == 0 ? 4 * b : b); }
@@ -37,7 +37,8 @@ struct Signals {
   int64_t row, column;
 };
 
-// Where results go: rounded to `type`, onto `base` (of that type, strided like the result) if given.
+// Where results go: rounded to `type`, onto `base` (of that type, strided like the result) if
+// given.
 struct Results {
   void* data;
   const void* base;
@@ -74,6 +75,15 @@ struct Multiplication {
   bool accumulate;
 };
 
+// Memory that a caller will need, prefetched by the way: `soon` within the present function and the
+// next, `later` a little further on.
+struct Range {
+  const char *begin, *end;
+};
+struct Ahead {
+  Range soon, later;
+};
+
 template <class T>
 struct Kernel {
   int lanes;
@@ -81,12 +91,12 @@ struct Kernel {
   // zeros where `out.width` has room for them
   void (*analyse)(
       const Transform<T>&, const Signals&, int64_t rows, int64_t columns, T factor,
-      const Spectra<T>& out, T* scratch);
+      const Spectra<T>& out, T* scratch, Ahead&);
   // the inverse, without its factor
   void (*synthesise)(
       const Transform<T>&, const Spectra<T>&, int64_t rows, int64_t columns, const Results& out,
-      T* scratch);
-  void (*multiply)(const Multiplication<T>&);
+      T* scratch, Ahead&);
+  void (*multiply)(const Multiplication<T>&, Ahead&);
   // c(i, j) = sum over columns of conj(a(i, column)) b(j, column) (+ c)
   void (*correlate)(
       int64_t slots, int64_t rows, int64_t columns_of_c, int64_t columns, const Spectra<T>& a,

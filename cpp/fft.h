@@ -3,7 +3,8 @@
 // Even b: pairs of neighbours are h = b / 2 complex numbers as they lie. Passes of decimation in
 // frequency leave bin k at `position[k]`, and `split` separates the bins of the real signal:
 //
-//   s = Z[k] + conj(Z[h-k])   t = i w^k (Z[k] - conj(Z[h-k]))   2 X[k] = s - t   2 X[h-k] = conj(s + t)
+//   s = Z[k] + conj(Z[h-k])   t = i w^k (Z[k] - conj(Z[h-k]))   2 X[k] = s - t   2 X[h-k] = conj(s
+//   + t)
 //
 // with w = exp(-2 pi i / b). The inverse takes the same steps backwards, so nothing is reordered.
 // Odd b: the signal is the real part of h = b complex numbers.
@@ -55,6 +56,20 @@ constexpr double turn(int k, int n, bool sine) {
   return series(kTau * k / n, sine);
 }
 
+template <class T, int R>
+struct Turns {
+  T cosine[R], sine[R];
+};
+template <class T, int R>
+constexpr Turns<T, R> turns = [] {
+  Turns<T, R> table{};
+  for (int k = 0; k < R; ++k) {
+    table.cosine[k] = static_cast<T>(turn(k, R, false));
+    table.sine[k] = static_cast<T>(turn(k, R, true));
+  }
+  return table;
+}();
+
 // a[q] <- sum_p a[p] exp(-2 pi i p q / R)
 template <class T, int R>
 C3A_INLINE void dft(Complex<T> (&a)[R]) {
@@ -103,7 +118,7 @@ C3A_INLINE void dft(Complex<T> (&a)[R]) {
       Complex<T> even = first, odd{};
 #pragma GCC unroll 8
       for (int p = 1; p <= H; ++p) {
-        const T c = static_cast<T>(turn(p * q, R, false)), e = static_cast<T>(turn(p * q, R, true));
+        const T c = turns<T, R>.cosine[p * q % R], e = turns<T, R>.sine[p * q % R];
         even = {even.re + s[p - 1].re * c, even.im + s[p - 1].im * c};
         odd = {odd.re + d[p - 1].re * e, odd.im + d[p - 1].im * e};
       }

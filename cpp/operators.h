@@ -30,11 +30,54 @@ enum class Product {
   kernel_grad,  // dW = G^H X    a = g, b = x
 };
 
+// Calls fill(out, base) to write `out`, which may be `base`: by way of a new tensor where `out` is
+// not contiguous or shares memory with what is read.
+template <class F>
+void onto(Tensor& out, const Tensor* base, std::initializer_list<Tensor> read, const F& fill) {
+  const auto bytes = [](const Tensor& t) {
+    const char* begin = static_cast<const char*>(t.data_ptr());
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return std::pair(begin, begin + (last + 1) * t.element_size());
+  };
+  bool apart = out.is_contiguous();
+  for (const Tensor& t : read) {
+    if (t.numel() == 0) continue;
+    const auto [a, a_end] = bytes(out);
+    const auto [b, b_end] = bytes(t);
+    apart = apart && (a_end <= b || b_end <= a);
+  }
+  const Tensor from = base ? torch::stable::contiguous(*base) : out;
+  if (apart) return fill(out, base ? &from : nullptr);
+  const std::vector<int64_t> sizes(out.sizes().begin(), out.sizes().end());
+  Tensor result = torch::stable::new_empty(out, sizes);
+  fill(result, base ? &from : nullptr);
+  torch::stable::copy_(out, result);
+}
+
 template <class Backend>
 struct Operators {
   static Tensor block_circ_conv(Tensor x, Tensor w, double scale) {
     const Problem p = problem_of("block_circ_conv", {"x", x}, w, "n");
     return over_tokens(p, Product::forward, x, w, scale, p.out_features());
+  }
+
+  static Tensor add(Tensor base, Tensor x, Tensor w, double scale) {
+    const Problem p = problem_of_add("block_circ_conv_add", base, x, w);
+    Tensor out = torch::stable::new_empty(base, sizes(base, p.out_features()));
+    if (p.tokens == 0) return out;
+    const Tensor onto = contiguous(base);
+    Backend::run(p, Product::forward, contiguous(x), contiguous(w), scale, &onto, out);
+    return out;
+  }
+
+  static Tensor add_(Tensor base, Tensor x, Tensor w, double scale) {
+    const Problem p = problem_of_add("block_circ_conv_add_", base, x, w);
+    if (p.tokens == 0) return base;
+    onto(base, &base, {x, w}, [&](Tensor& out, const Tensor* from) {
+      Backend::run(p, Product::forward, contiguous(x), contiguous(w), scale, from, out);
+    });
+    return base;
   }
 
   static Tensor input_grad(Tensor g, Tensor w, double scale) {
@@ -68,12 +111,21 @@ struct Operators {
 
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("block_circ_conv", TORCH_BOX(&block_circ_conv));
+    m.impl("block_circ_conv_add", TORCH_BOX(&add));
+    m.impl("block_circ_conv_add_", TORCH_BOX(&add_));
     m.impl("block_circ_conv_input_grad", TORCH_BOX(&input_grad));
     m.impl("block_circ_conv_kernel_grad", TORCH_BOX(&kernel_grad));
     m.impl("block_circ_conv_backward", TORCH_BOX(&backward));
   }
 
  private:
+  static Problem problem_of_add(
+      const char* op, const Tensor& base, const Tensor& x, const Tensor& w) {
+    const Problem p = problem_of(op, {"x", x}, w, "n");
+    check_onto(op, "base", base, x, p.out_features());
+    return p;
+  }
+
   static std::vector<int64_t> sizes(const Tensor& like, int64_t features) {
     std::vector<int64_t> s(like.sizes().begin(), like.sizes().end());
     s.back() = features;

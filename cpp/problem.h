@@ -127,6 +127,19 @@ inline void check_same_leading(const char* op, const Tensor& g, const Tensor& x)
       " and ", shape(x));
 }
 
+// What a result is added onto, or written into: shaped like x, but for the last dimension.
+inline void check_onto(
+    const char* op, const char* what, const Tensor& base, const Tensor& x, int64_t features) {
+  check_floating(op, {what, base});
+  check_same_device(op, {what, base}, {"x", x});
+  bool same = base.dim() == x.dim() && base.size(-1) == features;
+  for (int64_t d = 0; same && d + 1 < x.dim(); ++d) same = base.size(d) == x.size(d);
+  std::ostringstream expected;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) expected << x.size(d) << ", ";
+  expected << features << (x.dim() == 1 ? "," : "");
+  check(same, op, "expected ", what, " of shape (", expected.str(), "), got ", shape(base));
+}
+
 // One tensor of activations with a kernel: the forward (`blocks` is "n") and the input gradient
 // ("m").
 inline Problem problem_of(const char* op, const Named& a, const Tensor& w, const char* blocks) {

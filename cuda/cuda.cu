@@ -65,7 +65,8 @@ class Call {
 
   // a^ and b^ as Product's table has them -> out
   void contract(
-      Product which, const Tensor& a_hat, const Tensor& b_hat, double scale, Tensor& out) {
+      Product which, const Tensor& a_hat, const Tensor& b_hat, double scale, const Tensor* base,
+      Tensor& out) {
     const int64_t t = p_.tokens, m = p_.m, n = p_.n;
     Factor fa, fb;
     Sizes sizes;
@@ -100,8 +101,8 @@ class Call {
       using T = std::remove_pointer_t<decltype(type)>;
       const Real factor = static_cast<Real>(scale / static_cast<double>(p_.b));
       C3A_LAUNCH(
-          (store<T, Real>), grid_for(size), kThreads, stream_, data<Real>(real), data<T>(out), size,
-          factor);
+          (store<T, Real>), grid_for(size), kThreads, stream_, data<Real>(real),
+          base ? data<T>(*base) : nullptr, data<T>(out), size, factor);
     });
   }
 
@@ -129,15 +130,15 @@ void with_real(ScalarType type, const F& f) {
 struct Cuda {
   static void run(
       const Problem& p, Product which, const Tensor& a, const Tensor& b, double scale,
-      Tensor& out) {
+      const Tensor* base, Tensor& out) {
     const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-    with_real(compute_type({a, b}), [&](auto* type) {
+    with_real(compute_type({a, b, base ? *base : a}), [&](auto* type) {
       Call<std::remove_pointer_t<decltype(type)>> call(p, a);
       const int64_t a_blocks = which == Product::forward ? p.n : p.m;
       const int64_t b_rows = which == Product::kernel_grad ? p.tokens : p.m;
       const Tensor a_hat = call.spectra(a, p.tokens, a_blocks);
       const Tensor b_hat = call.spectra(b, b_rows, p.n);
-      call.contract(which, a_hat, b_hat, scale, out);
+      call.contract(which, a_hat, b_hat, scale, base, out);
     });
   }
 
@@ -148,8 +149,9 @@ struct Cuda {
     with_real(compute_type({g, x, w}), [&](auto* type) {
       Call<std::remove_pointer_t<decltype(type)>> call(p, g);
       const Tensor g_hat = call.spectra(g, p.tokens, p.m);
-      call.contract(Product::input_grad, g_hat, call.spectra(w, p.m, p.n), scale, dx);
-      call.contract(Product::kernel_grad, g_hat, call.spectra(x, p.tokens, p.n), scale, dw);
+      call.contract(Product::input_grad, g_hat, call.spectra(w, p.m, p.n), scale, nullptr, dx);
+      call.contract(
+          Product::kernel_grad, g_hat, call.spectra(x, p.tokens, p.n), scale, nullptr, dw);
     });
   }
 };

@@ -46,11 +46,12 @@ __global__ void load(const T* in, Real* out, int64_t size) {
   for (int64_t e = first_element(); e < size; e += grid_stride()) out[e] = widen<Real>(in[e]);
 }
 
-// out = in * factor, rounded once
+// out = base + in * factor, rounded once; without a base, null, the product alone
 template <class T, class Real>
-__global__ void store(const Real* in, T* out, int64_t size, Real factor) {
+__global__ void store(const Real* in, const T* base, T* out, int64_t size, Real factor) {
   for (int64_t e = first_element(); e < size; e += grid_stride()) {
-    out[e] = narrow<T>(in[e] * factor);
+    const Real onto = base ? widen<Real>(base[e]) : Real{0};
+    out[e] = narrow<T>(onto + in[e] * factor);
   }
 }
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import SUPPORTED_DTYPES, block_circ_conv
+from .ops import SUPPORTED_DTYPES, add_to_fresh, block_circ_conv, block_circ_conv_add
 from .reference import circulant
 
 INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "gaussian")
@@ -152,10 +152,23 @@ class C3ALinear(nn.Module):
             return y
         more_in, more_out = self._pad
         x = F.pad(x, (0, more_in)) if more_in else x
-        delta = block_circ_conv(x, self.c3a_kernel, self.scale)
         if more_out:
-            delta = delta[..., : self.out_features]
-        return y + delta.to(y.dtype)
+            delta = block_circ_conv(x, self.c3a_kernel, self.scale)[..., : self.out_features]
+            return y + delta.to(y.dtype)
+        if self._base_result_is_ours():
+            return add_to_fresh(y, x, self.c3a_kernel, self.scale)
+        return block_circ_conv_add(y, x, self.c3a_kernel, self.scale)
+
+    def _base_result_is_ours(self) -> bool:
+        """Return whether the base layer's result is a new tensor that nobody else has seen."""
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and "forward" not in vars(base)
+            and not base._forward_hooks
+            and not nn.modules.module._has_any_global_hook()
+        )
 
     # Code outside that reads a layer's weight for its dtype or device finds the base layer's.
     @property

@@ -7,9 +7,10 @@ bilinear, and the derivative of each is made of the other two (DESIGN.md, "Gradi
     I: dg = F(h, w)   dw = K(g, h)      for h, the gradient that arrives at I's result
     K: dg = F(x, v)   dx = I(g, v)      for v, the gradient that arrives at K's result
 
-A factor, ``scale``, passes through all of them unchanged.
+A factor, ``scale``, passes through all of them unchanged. ``block_circ_conv_add`` is ``base + F``.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,11 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from . import spectra
+from .spectra import SUPPORTED_DTYPES
+
 _OPS = torch.ops.c3a
 _LIBRARY = torch.library.Library("c3a", "FRAGMENT")
-SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def block_circ_conv(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
@@ -53,6 +56,35 @@ def block_circ_conv(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     tensor([1., 3., 2.])
     """
     return _OPS.block_circ_conv(x, w, scale)
+
+
+def block_circ_conv_add(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+    """Return ``base + block_circ_conv(x, w, scale)`` in one pass over the activations.
+
+    Equivalent to ``base + scale * x @ c3a.circulant(w).T``: what an adapted layer computes, without
+    a temporary for the adapter's own output.
+
+    Args:
+        base: shape ``(..., m*b)`` with ``x``'s leading sizes; any of the dtypes.
+        x, w, scale: as for ``block_circ_conv``.
+
+    Returns:
+        A new contiguous tensor of ``base``'s shape and dtype. The sum runs in float32 (float64 if
+        an operand is float64) and is rounded once.
+
+    Raises:
+        RuntimeError: as for ``block_circ_conv``, and for a ``base`` of another shape.
+
+    Differentiable like ``block_circ_conv``, and in ``base``; saves the same. The in-place variant
+    ``torch.ops.c3a.block_circ_conv_add_`` writes into ``base``.
+
+    Source: C3A (arXiv:2407.19342), equation of the adapted layer in section 3.2.
+
+    >>> w = torch.tensor([[[1.0, 2.0, 3.0]]])
+    >>> block_circ_conv_add(torch.ones(3), torch.tensor([1.0, 0.0, 0.0]), w)
+    tensor([2., 4., 3.])
+    """
+    return _OPS.block_circ_conv_add(base, x, w, scale)
 
 
 # Shape rules for fake tensors. cpp/problem.h states the same for real ones, in the same words.
@@ -121,6 +153,26 @@ def _check_operands(op: str, name: str, a: Tensor, w: Tensor, blocks: str) -> No
 def _fake_forward(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     _check_operands("block_circ_conv", "x", x, w, "n")
     return x.new_empty((*x.shape[:-1], w.shape[0] * w.shape[2]))
+
+
+def _check_base(op: str, base: Tensor, x: Tensor, w: Tensor) -> None:
+    _check_operands(op, "x", x, w, "n")
+    _check_floating(op, "base", base)
+    _check_same_device(op, "base", base, "x", x)
+    sizes = (*x.shape[:-1], w.shape[0] * w.shape[2])
+    same = base.dim() == len(sizes) and all(p == q for p, q in zip(base.shape, sizes, strict=True))
+    expected = ", ".join(str(size) for size in sizes) + ("," if len(sizes) == 1 else "")
+    _check(op, same, lambda: f"expected base of shape ({expected}), got {_shape(base)}")
+
+
+def _fake_add(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+    _check_base("block_circ_conv_add", base, x, w)
+    return base.new_empty(base.shape)
+
+
+def _fake_add_(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+    _check_base("block_circ_conv_add_", base, x, w)
+    return base
 
 
 def _fake_input_grad(g: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
@@ -210,6 +262,16 @@ def _redispatch(op, keyset, args):
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+def _compute(op, keyset, args):
+    """Compute where no gradient is wanted for the kernel: by its kept spectra where it has some."""
+    if op in _BY_SPECTRA:
+        with torch._C._AutoDispatchBelowAutograd():
+            result = _BY_SPECTRA[op](*args)
+        if result is not None:
+            return result
+    return _redispatch(op, keyset, args)
+
+
 def _needs_graph(*args) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
@@ -243,7 +305,7 @@ def _autograd_rule(op, vjp, defaults):
                 ctx.set_materialize_grads(False)
             # A function's forward runs with both modes off; outer levels of torch.func need them.
             with torch.set_grad_enabled(call.grad_mode), forward_ad._set_fwd_grad_enabled(True):
-                return _redispatch(op, call.keyset, (a, b, *constants))
+                return (_redispatch if needs_b else _compute)(op, call.keyset, (a, b, *constants))
 
         @staticmethod
         def backward(ctx, h):
@@ -269,9 +331,92 @@ def _autograd_rule(op, vjp, defaults):
             call = _Call(keyset, is_dual, torch.is_grad_enabled())
             with enable_single_level_autograd_function():
                 return Rule.apply(call, a, b, *constants)
-        return _redispatch(op, keyset, (a, b, *constants))
+        return _compute(op, keyset, (a, b, *constants))
 
     return kernel
+
+
+class _Add(_SingleLevelFunction):
+    """``base + F(x, w)``; without ``op``, in the memory of ``base``, which nobody else may need."""
+
+    @staticmethod
+    def forward(ctx, op, call, base, x, w, scale):
+        needs_x, needs_w = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(x if needs_w else None, w if needs_x else None)
+        ctx.facts = _Facts((needs_x, needs_w), (x.dtype, w.dtype), w.shape[-1], scale)
+        if op is None:
+            # The same memory as a tensor of its own: to autograd it is a new result.
+            out = base.detach()
+            return _compute_onto(out, x, w, scale, keep=not needs_w)
+        if call.is_dual:
+            ctx.save_for_forward(x, w)
+            ctx.dtype = base.dtype
+            ctx.set_materialize_grads(False)
+        with torch.set_grad_enabled(call.grad_mode), forward_ad._set_fwd_grad_enabled(True):
+            compute = _redispatch if needs_w else _compute
+            return compute(op, call.keyset, (base, x, w, scale))
+
+    @staticmethod
+    def backward(ctx, h):
+        facts = ctx.facts._replace(wanted=ctx.needs_input_grad[3:5])
+        of_x, dx, dw = facts.dtypes[0], None, None
+        if any(facts.wanted):
+            with torch.autocast(h.device.type, enabled=False):
+                # A gradient of x wider than h is not rounded to h's dtype on the way.
+                g = h.to(torch.promote_types(h.dtype, of_x))
+                dx, dw = _vjp_forward(g, *ctx.saved_tensors, facts)
+                dx = None if dx is None else dx.to(of_x)
+        return None, None, h if ctx.needs_input_grad[2] else None, dx, dw, None
+
+    @staticmethod
+    def jvp(ctx, _op, _call, base_dot, x_dot, w_dot, _scale):
+        x, w = ctx.saved_tensors
+        scale = ctx.facts.scale
+        dots = [] if base_dot is None else [base_dot]
+        dots += [] if x_dot is None else [_OPS.block_circ_conv(x_dot, w, scale).to(ctx.dtype)]
+        dots += [] if w_dot is None else [_OPS.block_circ_conv(x, w_dot, scale).to(ctx.dtype)]
+        return sum(dots[1:], dots[0])
+
+
+def _add_autograd_rule(keyset, base, x, w, scale=1.0):
+    op = _OPS.block_circ_conv_add.default
+    is_dual = _has_tangent(base, x, w)
+    if is_dual or _needs_graph(base, x, w):
+        call = _Call(keyset, is_dual, torch.is_grad_enabled())
+        with enable_single_level_autograd_function():
+            return _Add.apply(op, call, base, x, w, scale)
+    return _compute(op, keyset, (base, x, w, scale))
+
+
+def _add_in_place_autograd_rule(keyset, base, x, w, scale=1.0):
+    """Write in place, or where a graph or tangent is wanted, by autograd's own in-place copy."""
+    if _needs_graph(base, x, w) or _has_tangent(base, x, w):
+        return base.copy_(_OPS.block_circ_conv_add(base, x, w, scale))
+    return _compute(_OPS.block_circ_conv_add_.default, keyset, (base, x, w, scale))
+
+
+def _compute_onto(base, x, w, scale, keep):
+    """Add onto ``base`` in place, below autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if keep:
+            result = spectra.apply(x, w, scale, base=base, in_place=True)
+            if result is not None:
+                return result
+        return _OPS.block_circ_conv_add_(base, x, w, scale)
+
+
+def add_to_fresh(base: Tensor, x: Tensor, w: Tensor, scale: float) -> Tensor:
+    """Return ``block_circ_conv_add`` in the memory of ``base``, which is given up.
+
+    For a ``base`` that its producer does not save for its backward and nobody else refers to.
+    Anything but an ordinary eager call gets a new tensor.
+    """
+    if not spectra.is_plain(base, x, w):
+        return _OPS.block_circ_conv_add(base, x, w, scale)
+    if _needs_graph(base, x, w):
+        with enable_single_level_autograd_function():
+            return _Add.apply(None, None, base, x, w, scale)
+    return _compute_onto(base, x, w, scale, keep=True)
 
 
 def _backward_autograd_rule(keyset, g, x, w, scale=1.0):
@@ -331,6 +476,31 @@ def _fold_kernel_grad_inputs(g, x, size, *constants):
     return dw.unflatten(1, (size, -1)), 1
 
 
+def _add_vmap_rule(forward_rule):
+    def rule(info, in_dims, base, x, w, scale=1.0):
+        y, y_dim = forward_rule(info, in_dims[1:], x, w, scale)
+        base_dim = in_dims[0]
+        base = base if base_dim is None else base.movedim(base_dim, 0)
+        y = y if y_dim is None else y.movedim(y_dim, 0)
+        return (base + y).to(base.dtype), 0
+
+    return rule
+
+
+def _add_in_place_vmap_rule(add_rule):
+    def rule(info, in_dims, base, x, w, scale=1.0):
+        if in_dims[0] is None:
+            raise RuntimeError(
+                "c3a.block_circ_conv_add_: vmap cannot write a batch into a base that has none; "
+                "use block_circ_conv_add"
+            )
+        result, _ = add_rule(info, in_dims, base, x, w, scale)
+        base.movedim(in_dims[0], 0).copy_(result)
+        return base, in_dims[0]
+
+    return rule
+
+
 def _backward_vmap_rule(input_grad_rule, kernel_grad_rule):
     def rule(info, in_dims, g, x, w, scale=1.0):
         g_dim, x_dim, w_dim = in_dims[:3]
@@ -360,25 +530,33 @@ def _register() -> None:
     input_grad = _OPS.block_circ_conv_input_grad.default
     kernel_grad = _OPS.block_circ_conv_kernel_grad.default
     backward = _OPS.block_circ_conv_backward.default
+    add = _OPS.block_circ_conv_add.default
+    add_ = _OPS.block_circ_conv_add_.default
     vmaps = {
         forward: _vmap_rule(forward, _fold_tokens(forward), _fold_forward_kernels),
         input_grad: _vmap_rule(input_grad, _fold_tokens(input_grad), _fold_input_grad_kernels),
         kernel_grad: _vmap_rule(kernel_grad, _fold_kernel_grad_outputs, _fold_kernel_grad_inputs),
     }
+    vmaps[add] = _add_vmap_rule(vmaps[forward])
+    vmaps[add_] = _add_in_place_vmap_rule(vmaps[add])
     vmaps[backward] = _backward_vmap_rule(vmaps[input_grad], vmaps[kernel_grad])
     autograds = {
         forward: _autograd_rule(forward, _vjp_forward, (1.0,)),
         input_grad: _autograd_rule(input_grad, _vjp_input_grad, (1.0,)),
         kernel_grad: _autograd_rule(kernel_grad, _vjp_kernel_grad, (None, None, 1.0)),
         backward: _backward_autograd_rule,
+        add: _add_autograd_rule,
+        add_: _add_in_place_autograd_rule,
     }
     fakes = {
         forward: _fake_forward,
         input_grad: _fake_input_grad,
         kernel_grad: _fake_kernel_grad,
         backward: _fake_backward,
+        add: _fake_add,
+        add_: _fake_add_,
     }
-    for op in (forward, input_grad, kernel_grad, backward):
+    for op in fakes:
         torch.library.register_fake(op.name(), fakes[op], lib=_LIBRARY)
         torch.library.register_vmap(op.name(), vmaps[op], lib=_LIBRARY)
         _LIBRARY.impl(op.name(), autograds[op], "Autograd", with_keyset=True)
@@ -387,5 +565,14 @@ def _register() -> None:
         key = f"Autocast{device_type.upper()}"
         _LIBRARY.impl("block_circ_conv", _autocast_rule(device_type), key)
 
+
+_BY_SPECTRA = {
+    _OPS.block_circ_conv.default: spectra.apply,
+    _OPS.block_circ_conv_input_grad.default: partial(spectra.apply, transposed=True),
+    _OPS.block_circ_conv_add.default: lambda base, *args: spectra.apply(*args, base=base),
+    _OPS.block_circ_conv_add_.default: lambda base, *args: spectra.apply(
+        *args, base=base, in_place=True
+    ),
+}
 
 _register()
