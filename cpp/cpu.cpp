@@ -269,7 +269,7 @@ class Call {
     parallel(
         like_, p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
         [&](int64_t begin, int64_t end, char* scratch) {
-          const Results to{out.at(begin * p_.n, 0), nullptr, element(out.type), p_.n * p_.b, p_.b};
+          const Results to{out.at(0, begin * p_.n), nullptr, element(out.type), p_.n * p_.b, p_.b};
           const Spectra<T> from{total.data + begin * total.row, total.slot, total.row, width};
           Ahead nothing{};
           k_.synthesise(f_, from, end - begin, p_.n, to, reinterpret_cast<T*>(scratch), nothing);
