@@ -1,10 +1,11 @@
-"""Bytes that autograd saves for the backward pass."""
+"""Bytes: what autograd saves for the backward pass, and the peak of what is allocated."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 
 class SavedBytes:
@@ -41,3 +42,25 @@ def saved_for_backward(model: nn.Module | None = None) -> Iterator[SavedBytes]:
     saved = SavedBytes(model)
     with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
         yield saved
+
+
+def peak_allocated(function: Callable[[], object]) -> int:
+    """Return the most bytes that ``function()`` holds at a time on the CPU, by torch's profiler.
+
+    Counts what torch's allocator gives out within the call, not what was there before.
+
+    >>> peak_allocated(lambda: torch.ones(1000) + torch.ones(1000))
+    12000
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in run.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    held = peak = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        held += size
+        peak = max(peak, held)
+    return peak
