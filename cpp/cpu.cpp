@@ -214,7 +214,7 @@ class Call {
       const Tensor& g, const Tensor& x, const Tensor* w_hat, double scale, Tensor* dx,
       const Tensor& dw) const {
     const Blocked in_g(g, p_.m, p_.b), in_x(x, p_.n, p_.b);
-    const int64_t tile = tile_tokens(2 * kTileBytes, 8);
+    const int64_t tile = tile_tokens((lanes_ == Lanes::blocks ? 2 : 4) * kTileBytes, 8);
     const int64_t tiles = (p_.tokens + tile - 1) / tile;
     const int64_t g_size = slab_size(p_.m, tile), x_size = slab_size(p_.n, tile);
     const int64_t width = lanes_ == Lanes::blocks ? round_up(p_.n, k_.lanes) : p_.n;

@@ -84,6 +84,21 @@ C3A_INLINE void dft(Complex<T> (&a)[R]) {
     a[1] = d + v;
     a[2] = s - u;
     a[3] = d - v;
+  } else if constexpr (R == 6) {
+    // 2 and 3 have no common factor: a[2 p + 3 s] needs no twiddles, and bin 3 u + 4 q comes out.
+    Complex<T> sums[3], differences[3];
+#pragma GCC unroll 3
+    for (int p = 0; p < 3; ++p) {
+      sums[p] = a[2 * p] + a[(2 * p + 3) % 6];
+      differences[p] = a[2 * p] - a[(2 * p + 3) % 6];
+    }
+    dft<T, 3>(sums);
+    dft<T, 3>(differences);
+#pragma GCC unroll 3
+    for (int q = 0; q < 3; ++q) {
+      a[4 * q % 6] = sums[q];
+      a[(3 + 4 * q) % 6] = differences[q];
+    }
   } else if constexpr (R == 8) {
     Complex<T> even[4] = {a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]};
     const Complex<T> c0 = a[0] - a[4], c1 = a[1] - a[5];
@@ -166,6 +181,7 @@ void pass(int radix, Vec<T>* z, int64_t blocks, int64_t m, const T* twiddles) {
     case 3: return pass<T, 3, kInverse>(z, blocks, m, twiddles);
     case 4: return pass<T, 4, kInverse>(z, blocks, m, twiddles);
     case 5: return pass<T, 5, kInverse>(z, blocks, m, twiddles);
+    case 6: return pass<T, 6, kInverse>(z, blocks, m, twiddles);
     case 7: return pass<T, 7, kInverse>(z, blocks, m, twiddles);
     case 8: return pass<T, 8, kInverse>(z, blocks, m, twiddles);
     case 11: return pass<T, 11, kInverse>(z, blocks, m, twiddles);
