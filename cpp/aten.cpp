@@ -48,8 +48,7 @@ void inverse(const Tensor& a_hat, int64_t b, const Tensor* base, Tensor& out) {
     torch::stable::copy_(out, result);
   } else {
     // The sum takes the wider of the two types.
-    const Tensor one = torch::stable::full({}, 1, ScalarType::Long);
-    torch::stable::copy_(out, call_aten("aten::add.Tensor", result, *base, one));
+    torch::stable::copy_(out, torch::stable::subtract(result, *base, -1));
   }
 }
 

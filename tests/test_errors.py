@@ -43,6 +43,31 @@ BAD = [
         "expected w to be float64, float32, bfloat16 or float16, got complex64",
     ),
     (
+        "block_circ_conv_add",
+        [of(2, 7), of(2, 12), of(2, 3, 4)],
+        "expected base of shape (2, 8), got (2, 7)",
+    ),
+    (
+        "block_circ_conv_add",
+        [of(1, 8), of(12), of(2, 3, 4)],
+        "expected base of shape (8,), got (1, 8)",
+    ),
+    (
+        "block_circ_conv_add",
+        [of(2, 8, dtype=torch.int32), of(2, 12), of(2, 3, 4)],
+        "expected base to be float64, float32, bfloat16 or float16, got int32",
+    ),
+    (
+        "block_circ_conv_add_",
+        [of(2, 3, 8), of(3, 2, 12), of(2, 3, 4)],
+        "expected base of shape (3, 2, 8), got (2, 3, 8)",
+    ),
+    (
+        "block_circ_conv_add_",
+        [of(2, 8), of(2, 13), of(2, 3, 4)],
+        "expected x.size(-1) == n * b = 12 for a kernel of shape (2, 3, 4), got 13",
+    ),
+    (
         "block_circ_conv_input_grad",
         [of(2, 12), of(2, 3, 4)],
         "expected grad_output.size(-1) == m * b = 8 for a kernel of shape (2, 3, 4), got 12",

@@ -28,12 +28,16 @@ def test_every_product_equals_the_dense_definition(shape, dtype, device):
     x, w, g = operands(*shape, dtype=dtype, device=device)
     y, dx, dw = dense_results(x, w, g)
     pair = OPS.block_circ_conv_backward(g, x, w)
+    in_place = g.clone()
+    OPS.block_circ_conv_add_(in_place, x, w)
     results = [
         (OPS.block_circ_conv(x, w), y),
         (OPS.block_circ_conv_input_grad(g, w), dx),
         (OPS.block_circ_conv_kernel_grad(g, x, w.shape[-1]), dw),
         (pair[0], dx),
         (pair[1], dw),
+        (OPS.block_circ_conv_add(g, x, w), g.double().cpu() + y),
+        (in_place, g.double().cpu() + y),
     ]
     for got, expected in results:
         assert got.dtype == dtype
@@ -66,7 +70,7 @@ def test_every_product_equals_pocketfft(shape, library, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("b", [16, 96, 101, 768])
+@pytest.mark.parametrize("b", [2, 3, 4, 5, 7, 8, 9, 16, 22, 24, 26, 32, 35, 49, 64, 96, 100, 101])
 def test_errors_in_low_precision_are_no_worse_than_those_of_torch(b, dtype, device):
     x, w, g = operands((64,), 2, 3, b, dtype=dtype, device=device)
     y, dx, dw = dense_results(x, w, g)
@@ -158,11 +162,35 @@ def test_layout_of_the_operands_does_not_matter(device):
     torch.testing.assert_close(OPS.block_circ_conv(expanded, w)[5, 3], y[0, 0])
 
 
+def test_the_sum_in_place_writes_the_base_itself_however_it_lies(device):
+    x, w, base = operands((6, 4), 2, 3, 8, device=device)
+    expected = OPS.block_circ_conv_add(base, x, w, 0.5)
+    whole = base.clone()
+    OPS.block_circ_conv_add_(whole, x, w, 0.5)
+    assert torch.equal(whole, expected)
+    rows = torch.zeros(6, 4, 32, device=device, dtype=base.dtype)
+    rows[..., :16] = base
+    OPS.block_circ_conv_add_(rows[..., :16], x, w, 0.5)
+    assert torch.equal(rows[..., :16], expected)
+    assert torch.equal(rows[..., 16:], torch.zeros_like(rows[..., 16:]))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5])
+def test_the_sum_in_place_may_overlap_with_what_it_reads(shift, device):
+    memory = operands((40,), 2, 2, 8, device=device)[0].flatten()
+    w = operands((1,), 2, 2, 8, device=device)[1]
+    base, x = memory[: 32 * 16].view(32, 16), memory[shift : shift + 32 * 16].view(32, 16)
+    expected = OPS.block_circ_conv_add(base, x, w)
+    OPS.block_circ_conv_add_(base, x, w)
+    assert torch.equal(base, expected)
+
+
 def test_inputs_are_not_changed_and_results_are_new(device):
     x, w, g = operands((3,), 2, 2, 4, device=device)
     copies = [t.clone() for t in (x, w, g)]
     OPS.block_circ_conv(x, w)
     OPS.block_circ_conv_backward(g, x, w)
+    OPS.block_circ_conv_add(g, x, w)
     assert all(torch.equal(a, b) for a, b in zip((x, w, g), copies, strict=True))
 
 

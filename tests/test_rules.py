@@ -14,6 +14,11 @@ OPS = torch.ops.c3a
 SMALL = [((2,), 2, 1, 1), ((3,), 1, 2, 2), ((2, 2), 2, 3, 5), ((3,), 3, 2, 4), ((), 2, 2, 6)]
 
 
+def added_in_place(base, x, w, scale=1.0):
+    OPS.block_circ_conv_add_(base, x, w, scale)
+    return base
+
+
 def every_operator(shape, device):
     """Return (function, arguments) of each operator, the arguments being tensors only."""
     x, w, g = (t.requires_grad_() for t in operands(*shape, device=device))
@@ -26,10 +31,15 @@ def every_operator(shape, device):
             (g, x),
         ),
         "backward": (lambda g, x, w: OPS.block_circ_conv_backward(g, x, w, scale), (g, x, w)),
+        "add": (lambda base, x, w: OPS.block_circ_conv_add(base, x, w, scale), (g, x, w)),
+        "add_": (
+            lambda base, x, w: added_in_place(base.clone(), x, w, scale),
+            (g, x, w),
+        ),
     }
 
 
-OPERATORS = ("forward", "input_grad", "kernel_grad", "backward")
+OPERATORS = ("forward", "input_grad", "kernel_grad", "backward", "add", "add_")
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -67,6 +77,11 @@ def test_opcheck_passes_for_every_operator(dtype, device):
         (OPS.block_circ_conv_input_grad, (g, w, 0.5)),
         (OPS.block_circ_conv_kernel_grad, (g, x, 4, None, 0.5)),
         (OPS.block_circ_conv_backward, (g, x, w, 0.5)),
+        (OPS.block_circ_conv_add, (g, x, w, 0.5)),
+        (OPS.block_circ_conv_add, (g.detach(), x, w)),
+        (OPS.block_circ_conv_add, (g, x.detach(), w.detach())),
+        (OPS.block_circ_conv_add_, (g.detach().clone(), x.detach(), w.detach(), 0.5)),
+        (OPS.block_circ_conv_add_, (g.detach().clone(), x, w)),
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)
@@ -121,6 +136,45 @@ def test_vmap_of_the_pair_of_gradients(in_dims, device):
         ]
         expected = OPS.block_circ_conv_backward(*one)
         torch.testing.assert_close((got[0][index], got[1][index]), expected)
+
+
+@pytest.mark.parametrize(
+    "in_dims", [(0, 0, 0), (None, 0, 1), (1, None, None), (None, None, 3), (0, None, 1)]
+)
+def test_vmap_of_the_sum(in_dims, device):
+    x, w, base = operands((3,), 2, 3, 4, device=device)
+    batched = [
+        t if dim is None else torch.stack([t, t.cos()], dim)
+        for t, dim in zip((base, x, w), in_dims, strict=True)
+    ]
+    got = vmap(OPS.block_circ_conv_add, in_dims)(*batched)
+    copies = [batched[0].clone(), *batched[1:]]
+    if in_dims[0] is None:
+        with pytest.raises(RuntimeError, match="vmap cannot write a batch into a base"):
+            vmap(added_in_place, in_dims)(*copies)
+    else:
+        vmap(added_in_place, in_dims)(*copies)
+        torch.testing.assert_close(copies[0].movedim(in_dims[0], 0), got)
+    for index in range(2):
+        one = [
+            t if dim is None else t.select(dim, index)
+            for t, dim in zip(batched, in_dims, strict=True)
+        ]
+        torch.testing.assert_close(got[index], OPS.block_circ_conv_add(*one))
+
+
+@pytest.mark.parametrize("dtypes", [(0, 1), (1, 0), (0, 2), (2, 1)])
+def test_the_sum_takes_and_gives_every_dtype_its_own(dtypes, device):
+    kinds = (torch.float32, torch.bfloat16, torch.float64)
+    x, w, base = operands((5,), 2, 3, 8, device=device)
+    exact = base + 0.5 * x @ c3a.circulant(w).T
+    base, x = base.to(kinds[dtypes[0]]), x.to(kinds[dtypes[1]])
+    tensors = [t.requires_grad_() for t in (base, x, w.float())]
+    y = OPS.block_circ_conv_add(*tensors, 0.5)
+    assert y.dtype == base.dtype
+    assert relative_error(y.detach().cpu(), exact.cpu()) < 4e-3
+    gradients = torch.autograd.grad(y.sum(), tensors)
+    assert [t.dtype for t in gradients] == [t.dtype for t in tensors]
 
 
 def operators_called(run) -> list[str]:

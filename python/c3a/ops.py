@@ -170,9 +170,8 @@ def _fake_add(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     return base.new_empty(base.shape)
 
 
-def _fake_add_(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+def _fake_add_(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> None:
     _check_base("block_circ_conv_add_", base, x, w)
-    return base
 
 
 def _fake_input_grad(g: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
@@ -391,18 +390,17 @@ def _add_autograd_rule(keyset, base, x, w, scale=1.0):
 def _add_in_place_autograd_rule(keyset, base, x, w, scale=1.0):
     """Write in place, or where a graph or tangent is wanted, by autograd's own in-place copy."""
     if _needs_graph(base, x, w) or _has_tangent(base, x, w):
-        return base.copy_(_OPS.block_circ_conv_add(base, x, w, scale))
-    return _compute(_OPS.block_circ_conv_add_.default, keyset, (base, x, w, scale))
+        base.copy_(_OPS.block_circ_conv_add(base, x, w, scale))
+    else:
+        _compute(_OPS.block_circ_conv_add_.default, keyset, (base, x, w, scale))
 
 
 def _compute_onto(base, x, w, scale, keep):
     """Add onto ``base`` in place, below autograd."""
     with torch._C._AutoDispatchBelowAutograd():
-        if keep:
-            result = spectra.apply(x, w, scale, base=base, in_place=True)
-            if result is not None:
-                return result
-        return _OPS.block_circ_conv_add_(base, x, w, scale)
+        if not keep or spectra.apply(x, w, scale, base=base, in_place=True) is None:
+            _OPS.block_circ_conv_add_(base, x, w, scale)
+    return base
 
 
 def add_to_fresh(base: Tensor, x: Tensor, w: Tensor, scale: float) -> Tensor:
@@ -496,7 +494,7 @@ def _add_in_place_vmap_rule(add_rule):
             )
         result, _ = add_rule(info, in_dims, base, x, w, scale)
         base.movedim(in_dims[0], 0).copy_(result)
-        return base, in_dims[0]
+        return None, None
 
     return rule
 

@@ -1,43 +1,32 @@
 """A kernel's spectra, kept from call to call while no gradient is wanted for the kernel.
 
 The CPU's operators transform the kernel at every call, which is little beside many tokens and much
-beside one. What is kept belongs to a tensor object and is used only while that tensor has the
-same memory, shape, dtype and version (the count of in-place changes by which autograd finds stale
-saved tensors). Writes that go around the version, through ``w.data``, NumPy or DLPack, are not
-seen: ``c3a.forget_spectra()`` after them.
+beside one. What is kept belongs to a piece of memory, as long as that is alive, and is used only
+while the kernel has the same shape, dtype and version (the count of in-place changes by which
+autograd finds stale saved tensors). Writes that go around the version, through ``w.data`` or NumPy,
+are seen if they change one of 64 numbers spread over the kernel, as any step of training or loading
+does; ``c3a.forget_spectra()`` after such a write to a few numbers only.
 """
 
-import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _OPS = torch.ops.c3a
 SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Kept(NamedTuple):
-    tensor: weakref.ref
-    alias: Tensor  # holds the memory, whose address can then not be given to another tensor
-    version: int
+    storage: StorageWeakRef  # while it is held, no other storage has the same address
+    facts: tuple
     by_use: dict[tuple, Tensor]
 
-    def is_of(self, w: Tensor) -> bool:
-        alias = self.alias
-        return (
-            self.tensor() is w
-            and self.version == w._version
-            and alias.data_ptr() == w.data_ptr()
-            and alias.dtype == w.dtype
-            and alias.shape == w.shape
-            and alias.stride() == w.stride()
-        )
 
-
-_KEPT: dict[int, _Kept] = {}
+_KEPT: dict[tuple[int, int], _Kept] = {}
 
 
 def forget_spectra() -> None:
@@ -56,18 +45,23 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
+def _place(w: Tensor) -> tuple[int, int]:
+    return w.untyped_storage()._cdata, w.data_ptr()
+
+
 def kept_spectra(w: Tensor, dtype: torch.dtype, transposed: bool, scale: float) -> Tensor | None:
     """Return the spectra of ``w``, kept or computed; None where the CPU's kernels have none."""
     if w.device.type != "cpu" or w.is_inference():
         return None
-    kept = _KEPT.get(id(w))
-    if kept is None or not kept.is_of(w):
-        key = id(w)
-        tensor = weakref.ref(w, lambda _: _KEPT.pop(key, None))
-        kept = _KEPT[key] = _Kept(tensor, w.detach(), w._version, {})
+    place, facts = _place(w), (w._version, w.dtype, w.shape, w.stride())
+    kept = _KEPT.get(place)
+    if kept is None or kept.facts != facts or kept.storage.expired():
+        for dead in [key for key, other in _KEPT.items() if other.storage.expired()]:
+            del _KEPT[dead]
+        kept = _KEPT[place] = _Kept(StorageWeakRef(w.untyped_storage()), facts, {})
     use = (dtype, transposed, scale)
     if use not in kept.by_use:
-        kept.by_use[use] = _OPS._kernel_spectra(kept.alias, dtype, transposed, scale)
+        kept.by_use[use] = _OPS._kernel_spectra(w, dtype, transposed, scale)
     w_hat = kept.by_use[use]
     return w_hat if w_hat.numel() else None
 
@@ -101,5 +95,8 @@ def apply(
     if w_hat is None:
         return None
     out = base if in_place else (a if base is None else base).new_empty(sizes)
-    _OPS._apply_spectra(out, a, w, w_hat, transposed, base)
+    if not _OPS._apply_spectra(out, a, w, w_hat, transposed, base):
+        del _KEPT[_place(w)]  # changed around its version
+        w_hat = kept_spectra(w, dtype, transposed, scale)
+        _OPS._apply_spectra(out, a, w, w_hat, transposed, base)
     return out

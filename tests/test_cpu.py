@@ -1,0 +1,183 @@
+"""The CPU's kernels: block sizes, instruction sets, numbers of threads, groupings of tokens."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import c3a
+from c3a.memory import peak_allocated
+from cases import TOLERANCE, operands, relative_error
+
+OPS = torch.ops.c3a
+LEVELS = ("x86-64-v4", "x86-64-v3", "x86-64-v2", "aarch64", "generic", "aten")
+
+
+def results(x, w, g):
+    return (
+        OPS.block_circ_conv(x, w),
+        OPS.block_circ_conv_add(g, x, w),
+        OPS.block_circ_conv_input_grad(g, w),
+        OPS.block_circ_conv_kernel_grad(g, x, w.shape[-1]),
+        *OPS.block_circ_conv_backward(g, x, w),
+    )
+
+
+# Beside 1 to 130: every radix, alone and after others, odd and even.
+LARGE = [143, 162, 168, 192, 243, 256, 286, 288, 343, 384, 500, 512, 625, 686, 720, 729, 768, 896]
+LARGE += [1000, 1001, 1024, 1155, 1280, 1536, 1792, 2048, 2187, 2310, 3072, 4096]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_every_block_size_is_right(dtype):
+    for b in [*range(1, 131), *LARGE]:
+        x, w, g = operands((3,), 1, 2, b, dtype=dtype)
+        exact = results(x.double(), w.double(), g.double())
+        matrix = c3a.circulant(w.double())
+        assert relative_error(exact[0], x.double() @ matrix.T) < 1e-13
+        assert relative_error(exact[2], g.double() @ matrix) < 1e-13
+        for got, expected in zip(results(x, w, g), exact, strict=True):
+            assert relative_error(got, expected) < TOLERANCE[dtype], b
+
+
+@pytest.mark.parametrize("b", [128, 768, 945, 1024, 2048, 4096])
+def test_errors_at_large_block_sizes_are_those_of_torch(b):
+    """The accuracy of the smaller ones is in test_operator.py."""
+    x, w, _ = operands((32,), 1, 2, b, dtype=torch.float32)
+    exact = OPS.block_circ_conv(x.double(), w.double())
+    y_hat = torch.einsum(
+        "tjk,ijk->tik", torch.fft.rfft(x.unflatten(-1, (2, b))), torch.fft.rfft(w).conj()
+    )
+    torchs = relative_error(torch.fft.irfft(y_hat, n=b).flatten(1), exact)
+    assert relative_error(OPS.block_circ_conv(x, w), exact) <= 1.5 * torchs
+
+
+# Tokens around the lanes of every instruction set; few blocks (tokens are lanes) and many.
+@pytest.mark.parametrize(("m", "n"), [(3, 2), (1, 1), (16, 16), (17, 33), (32, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_token_has_the_same_bits_in_any_company(m, n, dtype):
+    x, w, g = operands((67,), m, n, 24, dtype=dtype)
+    y, dx = OPS.block_circ_conv(x, w), OPS.block_circ_conv_input_grad(g, w)
+    for count in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 66):
+        assert torch.equal(OPS.block_circ_conv(x[:count], w), y[:count])
+        assert torch.equal(OPS.block_circ_conv(x[-count:], w), y[-count:])
+        assert torch.equal(OPS.block_circ_conv_input_grad(g[:count], w), dx[:count])
+
+
+def test_what_is_not_finite_stays_in_its_token():
+    x, w, _ = operands((35,), 3, 2, 12, dtype=torch.float32)
+    y = OPS.block_circ_conv(x, w)
+    spoiled = x.clone()
+    spoiled[4, 3] = float("nan")
+    spoiled[20, 0] = float("inf")
+    got = OPS.block_circ_conv(spoiled, w)
+    rest = [t for t in range(35) if t not in (4, 20)]
+    assert torch.equal(got[rest], y[rest])
+    assert not got[[4, 20]].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    "shape", [((2051,), 6, 6, 128), ((700,), 32, 16, 64), ((1500,), 1, 1, 768)]
+)
+def test_results_do_not_depend_on_the_number_of_threads_nor_vary(shape):
+    x, w, g = operands(*shape, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = results(x, w, g)
+        for count in (2, 3, 5, 8, 2):
+            torch.set_num_threads(count)
+            for got, one in zip(results(x, w, g), expected, strict=True):
+                assert torch.equal(got, one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_a_low_precision_passes_unchanged_and_sums_round_to_even(dtype):
+    """The identity's kernel, and sums onto a base: every bit pattern, and torch's own rounding."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    rows = numbers.view(-1, 1)
+    one = torch.ones(1, 1, 1)
+    y = OPS.block_circ_conv(rows, one)
+    finite = rows.isfinite()
+    assert torch.equal(y[finite], rows[finite])
+    assert torch.equal(y.isnan(), rows.isnan())
+    assert torch.equal(y.isinf(), rows.isinf())
+    base = numbers.flip(0).view(-1, 1)
+    total = OPS.block_circ_conv_add(base, rows, one)
+    torch.testing.assert_close(total, base + rows, rtol=0, atol=0, equal_nan=True)
+
+
+def test_workspace_does_not_grow_with_the_tokens():
+    _, w, _ = operands((1,), 16, 16, 256, dtype=torch.float32)
+
+    def workspace(tokens):
+        x = torch.zeros(tokens, 4096)
+        forward = peak_allocated(lambda: OPS.block_circ_conv(x, w)) - x.nbytes
+        backward = peak_allocated(lambda: OPS.block_circ_conv_backward(x, x, w))
+        return forward, backward - x.nbytes - w.nbytes
+
+    threads = torch.get_num_threads()
+    for forward, backward in (workspace(512), workspace(4096)):
+        # the kernel's spectra and the parts of its gradient are shared by all threads
+        assert forward <= w.nbytes + threads * 2**20
+        assert backward <= w.nbytes + 8 * 2**20 + threads * 2**20
+
+
+def test_one_training_step_peaks_below_what_in_place_transforms_were_published_with():
+    """rdFFT's case: 4096 features, batch 256, block 512, float32, without the frozen weight."""
+    layer = c3a.C3ALinear(torch.nn.Linear(4096, 4096), 512)
+    layer.base_layer.requires_grad_(False)
+    optimizer = torch.optim.SGD([layer.c3a_kernel], lr=0.1)
+
+    def step():
+        x = torch.randn(256, 4096).requires_grad_()
+        layer(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    assert 4 * 4 * 256 * 4096 <= peak_allocated(step) < 20.1e6
+
+
+def run(code: str, level: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "C3A_CPU_LEVEL": level},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_level_is_forced_by_the_environment_and_an_unknown_one_is_named():
+    code = "import c3a, torch as t; print(c3a.block_circ_conv(t.ones(2), t.ones(1, 1, 2)))"
+    assert run(code, "aten").stdout == "tensor([2., 2.])\n"
+    failed = run(code, "x86-64-v9")
+    assert failed.returncode != 0
+    said = "expected C3A_CPU_LEVEL to be one of this machine's levels"
+    assert said in failed.stderr
+    assert "got 'x86-64-v9'" in failed.stderr
+
+
+@pytest.mark.skipif("C3A_CPU_LEVEL" in os.environ, reason="a level is forced already")
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_of_this_machine_gives_the_same_to_rounding(level, tmp_path):
+    code = f"""
+import torch, c3a
+torch.manual_seed(0)
+x, w, g = torch.randn(37, 4 * 96), torch.randn(2, 4, 96), torch.randn(37, 2 * 96)
+ops = torch.ops.c3a
+y, (dx, dw) = ops.block_circ_conv(x, w), ops.block_circ_conv_backward(g, x, w)
+torch.save((x, w, g, y, dx, dw), {str(tmp_path / "results.pt")!r})
+"""
+    ran = run(code, level)
+    if "expected C3A_CPU_LEVEL to be one of" in ran.stderr:
+        pytest.skip("not a level of this machine")
+    assert ran.returncode == 0, ran.stderr
+    x, w, g, *got = torch.load(tmp_path / "results.pt")
+    exact = results(x.double(), w.double(), g.double())
+    for result, expected in zip(got, (exact[0], *exact[4:]), strict=True):
+        assert relative_error(result, expected) < TOLERANCE[torch.float32]
