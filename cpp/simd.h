@@ -285,28 +285,23 @@ C3A_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
 // The sum over the lanes of r[l] in lane l: a transpose that adds at every step.
 template <class T>
 C3A_INLINE Vec<T> sums_over_lanes(Vec<T> (&r)[kLanes<T>]) {
-  constexpr int L = kLanes<T>, g = kGroup<T>;
-  int count = L;
+  constexpr int L = kLanes<T>, g = kGroup<T>, n = L / g;
 #pragma GCC unroll 8
   for (int i = 0; i < L / 2; ++i) {
     r[i] = unpack<T, 1, false>(r[2 * i], r[2 * i + 1]) + unpack<T, 1, true>(r[2 * i], r[2 * i + 1]);
   }
-  count = L / 2;
   if constexpr (g == 4) {
-#pragma GCC unroll 8
-    for (int i = 0; i < L / 4; ++i) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) {
       r[i] =
           unpack<T, 2, false>(r[2 * i], r[2 * i + 1]) + unpack<T, 2, true>(r[2 * i], r[2 * i + 1]);
     }
-    count = L / 4;
   }
-#pragma GCC unroll 2
-  for (; count > 1; count /= 2) {
-#pragma GCC unroll 2
-    for (int i = 0; i < count / 2; ++i) {
-      r[i] = groups<T, false>(r[2 * i], r[2 * i + 1]) + groups<T, true>(r[2 * i], r[2 * i + 1]);
-    }
-  }
+  const auto halves = [](const Vec<T>& a, const Vec<T>& b) {
+    return groups<T, false>(a, b) + groups<T, true>(a, b);
+  };
+  if constexpr (n == 4) return halves(halves(r[0], r[1]), halves(r[2], r[3]));
+  if constexpr (n == 2) return halves(r[0], r[1]);
   return r[0];
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import c3a
+from c3a import _library
 from c3a.memory import peak_allocated
 from cases import TOLERANCE, operands, relative_error
 
@@ -160,6 +161,12 @@ def test_a_level_is_forced_by_the_environment_and_an_unknown_one_is_named():
     said = "expected C3A_CPU_LEVEL to be one of this machine's levels"
     assert said in failed.stderr
     assert "got 'x86-64-v9'" in failed.stderr
+
+
+@pytest.mark.skipif("C3A_SANITIZED" not in os.environ, reason="for make sanitize")
+def test_the_library_under_test_is_the_sanitized_one():
+    (library,) = _library._libraries("libc3a_cpu.so")
+    assert b"__asan_report_load" in library.read_bytes()
 
 
 @pytest.mark.skipif("C3A_CPU_LEVEL" in os.environ, reason="a level is forced already")
