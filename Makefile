@@ -59,11 +59,12 @@ sanitize:
 
 # Another compiler for another machine; nothing of it runs here.
 AARCH64 = $(PY) -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -Wall -Wextra -Werror \
-	-DC3A_LEVEL=native -DTORCH_TARGET_VERSION=0x020a000000000000ULL -fPIC -fsyntax-only \
+	-DC3A_LEVEL=native -DTORCH_TARGET_VERSION=0x020a000000000000ULL -fPIC -c -o build/aarch64.o \
 	-isystem $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch/include
 
 aarch64:
 	$(INSTALL) ziglang
+	mkdir -p build
 	for file in cpp/library.cpp cpp/aten.cpp cpp/cpu.cpp cpp/cpu_kernel.cpp cpp/cpu_plan.cpp; do \
 		$(AARCH64) $$file || exit 1; done
 
