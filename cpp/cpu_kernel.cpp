@@ -23,45 +23,38 @@ C3A_INLINE void ask(Range& range, int64_t lines) {
 template <class T, Element kType>
 void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>* z, Ahead& ahead) {
   constexpr int L = kLanes<T>;
-  if constexpr (kType == Element::bf16) {
-    // A pair of bfloat16 is transposed as one element: each half is a float's upper half.
-    int64_t u = 0;
-    for (; u + 2 * L <= b; u += 2 * L) {
-      ask(ahead.soon, L / 2);
-      ask(ahead.later, L / 4);
+  // A pair of bfloat16 is transposed as one element: each half is a float's upper half.
+  constexpr bool pairs = kType == Element::bf16;
+  constexpr int step = pairs ? 2 * L : L;
+  int64_t u = 0;
+  if constexpr (kType != Element::f16) {
+    for (; lanes == L && u + step <= b; u += step) {
+      ask(ahead.soon, step / 2);
+      ask(ahead.later, step / 4);
       Vec<T> r[L];
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) r[l] = l < lanes ? load<Vec<T>>(p + l * lane + u) : Vec<T>{};
-      transpose<T>(r);
+      load_transposed<T>(p + u, lane, r);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
-        const Vec<uint32_t> pair = (Vec<uint32_t>)r[i];
-        z[u + 2 * i] = (Vec<T>)(pair << 16);
-        z[u + 2 * i + 1] = (Vec<T>)(pair & 0xffff0000u);
+        if constexpr (pairs) {
+          const Vec<uint32_t> pair = (Vec<uint32_t>)r[i];
+          z[u + 2 * i] = (Vec<T>)(pair << 16);
+          z[u + 2 * i + 1] = (Vec<T>)(pair & 0xffff0000u);
+        } else {
+          z[u + i] = r[i];
+        }
       }
     }
-    p += u, b -= u, z += u;
   }
-  for (int64_t u = 0; u < b; u += L) {
+  for (; u < b; u += L) {
     ask(ahead.soon, L / 2);
     ask(ahead.later, L / 4);
     const int count = b - u < L ? static_cast<int>(b - u) : L;
     Vec<T> r[L];
-    if (count == L && lanes == L) {
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) r[l] = read<T, kType>(p + l * lane + u, L);
-    } else {
-      for (int l = 0; l < L; ++l) {
-        r[l] = l < lanes ? read<T, kType>(p + l * lane + u, count) : Vec<T>{};
-      }
+    for (int l = 0; l < L; ++l) {
+      r[l] = l < lanes ? read<T, kType>(p + l * lane + u, count) : Vec<T>{};
     }
     transpose<T>(r);
-    if (count == L) {
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) z[u + i] = r[i];
-    } else {
-      for (int i = 0; i < count; ++i) z[u + i] = r[i];
-    }
+    for (int i = 0; i < count; ++i) z[u + i] = r[i];
   }
 }
 
@@ -340,11 +333,15 @@ C3A_INLINE void correlate_tile(
   }
   T total[L];
   store(total, sums_over_lanes<T>(flat));
+  using Row = typename VectorOf<T, S* static_cast<int>(sizeof(T))>::type;
 #pragma GCC unroll 16
-  for (int i = 0; i < R * S; ++i) {
-    T* to = c + i / S * c_row + i % S;
-    to[0] = accumulate ? to[0] + total[i] : total[i];
-    to[c_width] = accumulate ? to[c_width] + total[R * S + i] : total[R * S + i];
+  for (int part = 0; part < 2; ++part) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      T* to = c + r * c_row + part * c_width;
+      const Row row = load<Row>(total + (part * R + r) * S);
+      store(to, accumulate ? load<Row>(to) + row : row);
+    }
   }
 }
 

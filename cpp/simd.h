@@ -282,6 +282,54 @@ C3A_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
   }
 }
 
+// Groups of neighbours from rows that lie `stride` elements apart, one group from each row.
+template <class T, class S>
+C3A_INLINE Vec<T> load_groups(const S* p, int64_t stride) {
+#if defined(__AVX512F__)
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i_u*)p));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i_u*)(p + stride)), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i_u*)(p + 2 * stride)), 2);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i_u*)(p + 3 * stride)), 3);
+  return (Vec<T>)v;
+#elif defined(__AVX2__)
+  return (Vec<T>)_mm256_inserti128_si256(
+      _mm256_castsi128_si256(_mm_loadu_si128((const __m128i_u*)p)),
+      _mm_loadu_si128((const __m128i_u*)(p + stride)), 1);
+#else
+  (void)stride;
+  return load<Vec<T>>(p);
+#endif
+}
+
+// The transpose of kLanes<T> rows, `stride` elements apart, of kLanes<T> elements of T's size: the
+// loads put groups in their places, which leaves only the elements within groups to be exchanged.
+template <class T, class S>
+C3A_INLINE void load_transposed(const S* p, int64_t stride, Vec<T> (&r)[kLanes<T>]) {
+  constexpr int L = kLanes<T>, g = kGroup<T>;
+  constexpr int width = 16 / static_cast<int>(sizeof(S));
+#pragma GCC unroll 16
+  for (int e = 0; e < L; e += g) {
+    const S* at = p + e / g * width;
+    if constexpr (g == 4) {
+      const Vec<T> a = load_groups<T>(at, 4 * stride);
+      const Vec<T> b = load_groups<T>(at + stride, 4 * stride);
+      const Vec<T> c = load_groups<T>(at + 2 * stride, 4 * stride);
+      const Vec<T> d = load_groups<T>(at + 3 * stride, 4 * stride);
+      const Vec<T> ab = unpack<T, 1, false>(a, b), ab_upper = unpack<T, 1, true>(a, b);
+      const Vec<T> cd = unpack<T, 1, false>(c, d), cd_upper = unpack<T, 1, true>(c, d);
+      r[e] = unpack<T, 2, false>(ab, cd);
+      r[e + 1] = unpack<T, 2, true>(ab, cd);
+      r[e + 2] = unpack<T, 2, false>(ab_upper, cd_upper);
+      r[e + 3] = unpack<T, 2, true>(ab_upper, cd_upper);
+    } else {
+      const Vec<T> a = load_groups<T>(at, 2 * stride);
+      const Vec<T> b = load_groups<T>(at + stride, 2 * stride);
+      r[e] = unpack<T, 1, false>(a, b);
+      r[e + 1] = unpack<T, 1, true>(a, b);
+    }
+  }
+}
+
 // The sum over the lanes of r[l] in lane l: a transpose that adds at every step.
 template <class T>
 C3A_INLINE Vec<T> sums_over_lanes(Vec<T> (&r)[kLanes<T>]) {
