@@ -207,7 +207,7 @@ class Call {
     const bool forward = product == Product::forward;
     const int64_t terms = forward ? p_.n : p_.m, rows = forward ? p_.m : p_.n;
     const Blocked in(a, terms, p_.b), to(out, rows, p_.b);
-    const int64_t tile = tile_tokens(kTileBytes, 2);
+    const int64_t tile = tile_tokens(2 * kTileBytes, 2);
     const int64_t in_size = slab_size(terms, tile), out_size = slab_size(rows, tile);
     parallel(
         like_, (p_.tokens + tile - 1) / tile, grain(tile * (terms + rows) * p_.b),

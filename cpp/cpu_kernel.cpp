@@ -29,7 +29,7 @@ void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>*
   int64_t u = 0;
   if constexpr (kType != Element::f16) {
     for (; lanes == L && u + step <= b; u += step) {
-      ask(ahead.soon, step / 2);
+      ask(ahead.soon, step / 4);
       ask(ahead.later, step / 4);
       Vec<T> r[L];
       load_transposed<T>(p + u, lane, r);
@@ -46,7 +46,7 @@ void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>*
     }
   }
   for (; u < b; u += L) {
-    ask(ahead.soon, L / 2);
+    ask(ahead.soon, L / 4);
     ask(ahead.later, L / 4);
     const int count = b - u < L ? static_cast<int>(b - u) : L;
     Vec<T> r[L];
@@ -65,7 +65,7 @@ void scatter(
     Storage<kType>* p, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   for (int64_t u = 0; u < b; u += L) {
-    ask(ahead.later, L / 2);
+    ask(ahead.later, L / 4);
     const int count = b - u < L ? static_cast<int>(b - u) : L;
     Vec<T> r[L];
     if (count == L) {
@@ -262,9 +262,9 @@ template <class T, bool kReal, Weights kWeights>
 void multiply_slots(const Multiplication<T>& p, int64_t first, int64_t last, Ahead& ahead) {
   constexpr int L = kLanes<T>, U = kTileVectors;
   for (int64_t q = first; q < last; ++q) {
-    // All that is left of the one range, half of the other.
+    // All that is left by the end.
     ask(ahead.soon, (ahead.soon.end - ahead.soon.begin) / (64 * (last - q)) + 1);
-    ask(ahead.later, (ahead.later.end - ahead.later.begin) / (128 * (last - q)) + 1);
+    ask(ahead.later, (ahead.later.end - ahead.later.begin) / (64 * (last - q)) + 1);
     const T* a = p.a.data + q * p.a.slot;
     const T* b = p.b.data + q * p.b.slot;
     T* c = p.c.data + q * p.c.slot;

@@ -16,9 +16,10 @@ std::vector<int32_t> radices_of(int64_t h) {
   for (const int32_t prime : {13, 11, 7, 5, 3}) {
     for (; h % prime == 0; h /= prime) radices.push_back(prime);
   }
-  while (h % 8 == 0 && h != 16) radices.push_back(8), h /= 8;
-  while (h % 4 == 0) radices.push_back(4), h /= 4;
-  if (h == 2) radices.push_back(2);
+  // The last pass, the eight's, needs no twiddles.
+  if (h == 2) radices.push_back(2), h = 1;
+  for (; h > 1 && twos(h) % 3 != 0; h /= 4) radices.push_back(4);
+  for (; h > 1; h /= 8) radices.push_back(8);
   return radices;
 }
 
