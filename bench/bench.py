@@ -193,7 +193,7 @@ def bench_marks(rounds: int) -> list[tuple[str, float, str]]:
     seconds = measure(Case(*LARGE).forward("C3A", "base", "LoRA"), rounds)
     name = "4096 x 4096, block 256"
     of_base = seconds["C3A"] / seconds["base"]
-    marks.append((f"forward, {name}, T=512: C3A / base layer", of_base, "ratio"))
+    marks.append((f"forward, {name}, T=512: C3A / base layer", of_base, "percent"))
     for shape in SHAPES[:2]:
         case = Case(*shape)
         threads = torch.get_num_threads()
@@ -292,7 +292,13 @@ def marks_table(marks: list[tuple[str, float, str]]) -> Table:
     table = Table(title="single figures")
     table.add_column("what")
     table.add_column("value", justify="right")
-    digits = {"ratio": "{:.2f}", "us": "{:.1f} us", "bytes": "{:.0f} bytes", "MB": "{:.1f} MB"}
+    digits = {
+        "percent": "{:.1%}",
+        "ratio": "{:.2f}",
+        "us": "{:.1f} us",
+        "bytes": "{:.0f} bytes",
+        "MB": "{:.1f} MB",
+    }
     for what, value, unit in marks:
         table.add_row(what, digits[unit].format(value))
     return table

@@ -33,5 +33,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "and architectures (None without CUDA).");
   m.def(
       "cpu_capability", [] { return c3a_cpu_capability(); },
-      "Return this machine's instruction-set level, for instance 'x86-64-v3'.");
+      "Return the instruction-set level in use, for instance 'x86-64-v3'.");
 }
