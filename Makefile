@@ -22,7 +22,7 @@ WATCHED = PYTHONPATH=$(SANITIZED):$$($(PY) -c "import sysconfig; print(sysconfig
 .PHONY: help finetune test levels sanitize aarch64 lint format bench cuda
 
 help:
-	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 6 minutes)"
+	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
 	@echo "make test       set up, then check formatting and run every test"
 	@echo "make levels     the tests at the CPU's other instruction sets (after make test)"
 	@echo "make sanitize   the CPU kernels' tests under AddressSanitizer and UBSan (after make test)"
