@@ -43,6 +43,15 @@ def test_every_block_size_is_right(dtype):
             assert relative_error(got, expected) < TOLERANCE[dtype], b
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_full_vectors_of_tokens_end_where_their_tensors_do(dtype):
+    for b in range(1, 40):
+        x, w, g = operands((32,), 1, 1, b, dtype=dtype)
+        exact = results(x.double(), w.double(), g.double())
+        for got, expected in zip(results(x, w, g), exact, strict=True):
+            assert relative_error(got, expected) < TOLERANCE[dtype], b
+
+
 @pytest.mark.parametrize("b", [128, 768, 945, 1024, 2048, 4096])
 def test_errors_at_large_block_sizes_are_those_of_torch(b):
     """The accuracy of the smaller ones is in test_operator.py."""
