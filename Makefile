@@ -12,10 +12,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 
+PACKAGES = $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+
 # Sanitized code is loaded into a Python that is not: the run-time libraries go first. -S keeps an
 # editable installation's import hook from going before PYTHONPATH.
 SANITIZED := build/sanitized
-WATCHED = PYTHONPATH=$(SANITIZED):$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+WATCHED = PYTHONPATH=$(SANITIZED):$(PACKAGES) \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 C3A_SANITIZED=1 $(PY) -S -m pytest
 
@@ -60,7 +62,7 @@ sanitize:
 # Another compiler for another machine; nothing of it runs here.
 AARCH64 = $(PY) -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -Wall -Wextra -Werror \
 	-DC3A_LEVEL=native -DTORCH_TARGET_VERSION=0x020a000000000000ULL -fPIC -c -o build/aarch64.o \
-	-isystem $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch/include
+	-isystem $(PACKAGES)/torch/include
 
 aarch64:
 	$(INSTALL) ziglang

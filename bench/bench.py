@@ -312,7 +312,7 @@ def bench_sweeps(rounds: int) -> dict[str, list[dict]]:
         case = Case(n, n, b, tokens, rank)
         both = case.both("C3A", "PEFT", "LoRA")
         few = tokens * n < 2**18
-        seconds = measure_short(both, 5, 10) if few else measure(both, rounds)
+        seconds = measure_short(both, rounds, 10) if few else measure(both, rounds)
         return {"in": n, "block size": b, "tokens": tokens, "rank": rank, "seconds": seconds}
 
     def equal_rank(n, b):
@@ -331,7 +331,7 @@ def plot(sweeps: dict[str, list[dict]], title: str, path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     labels = [
-        ("block sizes", "block size", "4096 x 4096, T = 512, LoRA of as many parameters"),
+        ("block sizes", "block size", "4096 x 4096, T = 512, LoRA of as many parameters (r >= 1)"),
         ("tokens", "tokens", "1024 x 1024, block size 128, LoRA r=8"),
     ]
     for ax, (sweep, column, subtitle) in zip(axes, labels, strict=True):
@@ -385,7 +385,7 @@ def main() -> None:
         figures["marks"] = marks
     if options.plot:
         figures["sweeps"] = bench_sweeps(options.rounds)
-        plot(figures["sweeps"], title, options.plot)
+        plot(figures["sweeps"], f"{machine}, torch {torch.__version__}", options.plot)
         console.print(f"drawn: {options.plot}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

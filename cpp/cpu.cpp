@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <iterator>
 
 #include "aten.h"
 #include "cpu_kernel.h"
@@ -57,7 +56,7 @@ const Candidate& in_use() {
     std::string names;
     for (const Candidate& candidate : candidates()) {
       if (!candidate.runs_here) continue;
-      if (forced ? candidate.name == std::string(forced) : true) return candidate;
+      if (!forced || candidate.name == std::string(forced)) return candidate;
       names += (names.empty() ? "" : ", ") + std::string(candidate.name);
     }
     throw std::runtime_error(
@@ -157,7 +156,7 @@ class Call {
   Tensor spectra(const Tensor& w, Product product, double scale) const {
     const bool forward = product == Product::forward;
     const Blocked in(w, p_.m * p_.n, p_.b);
-    const int64_t rows = forward ? p_.n : p_.m, width = forward ? p_.m : p_.n;
+    const int64_t rows = terms_of(product), width = rows_of(product);
     const int64_t row = forward ? p_.b : p_.n * p_.b, column = forward ? p_.n * p_.b : p_.b;
     const Tensor w_hat = torch::stable::new_empty(like_, {spectra_size()}, kType);
     const Spectra<T> out = kernel_spectra(numbers(w_hat), rows, width);
@@ -172,14 +171,15 @@ class Call {
           k_.analyse(
               f_, part, end - begin, width, factor, to, reinterpret_cast<T*>(scratch), nothing);
         });
-    sample(w, numbers(w_hat) + spectra_size() - kSamples);
     return w_hat;
   }
 
-  // numbers that `spectra` returns: a last vector may be read beyond the end, into the samples
+  // numbers that `spectra` returns: a last vector may be read beyond the end, into the room for
+  // samples
   int64_t spectra_size() const { return f_.slots() * 2 * p_.m * p_.n + kSamples; }
 
-  // Numbers spread over the kernel, behind its spectra, by which a kernel is known again.
+  // Numbers spread over the kernel, behind its spectra where those are kept, by which a kernel is
+  // known again.
   static constexpr int64_t kSamples = 64;
   static void sample(const Tensor& w, T* samples) {
     const int64_t count = w.numel();
@@ -194,18 +194,18 @@ class Call {
       default: return read(static_cast<const uint16_t*>(w.data_ptr()));  // their bits
     }
   }
+  T* samples_of(const Tensor& w_hat) const { return numbers(w_hat) + spectra_size() - kSamples; }
   bool is_of(const Tensor& w_hat, const Tensor& w) const {
     T now[kSamples];
     sample(w, now);
-    return std::memcmp(now, numbers(w_hat) + spectra_size() - kSamples, sizeof(now)) == 0;
+    return std::memcmp(now, samples_of(w_hat), sizeof(now)) == 0;
   }
 
   // out = base + a w, or its transpose
   void apply(
       Product product, const Tensor& a, const Tensor& w_hat, const Tensor* base,
       const Tensor& out) const {
-    const bool forward = product == Product::forward;
-    const int64_t terms = forward ? p_.n : p_.m, rows = forward ? p_.m : p_.n;
+    const int64_t terms = terms_of(product), rows = rows_of(product);
     const Blocked in(a, terms, p_.b), to(out, rows, p_.b);
     const int64_t tile = tile_tokens(2 * kTileBytes, 2);
     const int64_t in_size = slab_size(terms, tile), out_size = slab_size(rows, tile);
@@ -300,6 +300,10 @@ class Call {
   // that leaves room for the kernel's spectra and the tiles that are on their way.
   static constexpr int64_t kTileBytes = 128 * 1024;
 
+  // Blocks that the forward or the input gradient sums over, and blocks of its result.
+  int64_t terms_of(Product product) const { return product == Product::forward ? p_.n : p_.m; }
+  int64_t rows_of(Product product) const { return product == Product::forward ? p_.m : p_.n; }
+
   // The way that fills lanes better.
   Lanes choose() const {
     const auto filled = [&](int64_t count) {
@@ -371,7 +375,7 @@ class Call {
       Product product, int64_t count, const Spectra<T>& a, const Tensor& w_hat,
       const Spectra<T>& out, Ahead& ahead) const {
     const bool forward = product == Product::forward;
-    const int64_t terms = forward ? p_.n : p_.m, rows = forward ? p_.m : p_.n;
+    const int64_t terms = terms_of(product), rows = rows_of(product);
     const Spectra<T> w = kernel_spectra(numbers(w_hat), terms, rows);
     const Matrix<const T> activations{a.data, a.slot, a.row, 1, a.width};
     const Matrix<T> result{out.data, out.slot, out.row, 1, out.width};
@@ -411,12 +415,16 @@ class Call {
   Lanes lanes_;
 };
 
-Tensor doubles(const Tensor& t) { return torch::stable::to(t, ScalarType::Double); }
+// An operand of a call that computes in T: doubles, or whatever floats are read from.
+template <class T>
+Tensor as(const Tensor& t) {
+  return Call<T>::kType == ScalarType::Double ? torch::stable::to(t, ScalarType::Double) : t;
+}
 
-// f fills `out`, or doubles that are then rounded to it.
-template <class F>
-void in_doubles(Tensor& out, const F& f) {
-  if (out.scalar_type() == ScalarType::Double) return f(out);
+// f fills `out`, or where the call computes in doubles, doubles that are then rounded to it.
+template <class T, class F>
+void filled_in(Tensor& out, const F& f) {
+  if (Call<T>::kType == ScalarType::Float || out.scalar_type() == ScalarType::Double) return f(out);
   const std::vector<int64_t> sizes(out.sizes().begin(), out.sizes().end());
   Tensor exact = torch::stable::new_empty(out, sizes, ScalarType::Double);
   f(exact);
@@ -434,13 +442,9 @@ struct Cpu {
       const Tensor* base, Tensor& out) {
     const auto plan = plan_of(p);
     if (!plan) return Aten::run(p, product, a, b, scale, base, out);
-    if (compute_type({a, b, base ? *base : a}) == ScalarType::Float) {
-      return run_in<float>(p, *plan, product, a, b, scale, base, out);
-    }
-    in_doubles(out, [&](Tensor& y) {
-      const Tensor onto = base ? doubles(*base) : y;
-      run_in<double>(p, *plan, product, doubles(a), doubles(b), scale, base ? &onto : nullptr, y);
-    });
+    const bool is_float = compute_type({a, b, base ? *base : a}) == ScalarType::Float;
+    const auto run = is_float ? &run_in<float> : &run_in<double>;
+    run(p, *plan, product, a, b, scale, base, out);
   }
 
   static void backward(
@@ -448,15 +452,9 @@ struct Cpu {
       Tensor& dw) {
     const auto plan = plan_of(p);
     if (!plan) return Aten::backward(p, g, x, w, scale, dx, dw);
-    if (compute_type({g, x, w}) == ScalarType::Float) {
-      return backward_in<float>(p, *plan, g, x, w, scale, dx, dw);
-    }
-    in_doubles(dx, [&](Tensor& dx_exact) {
-      in_doubles(dw, [&](Tensor& dw_exact) {
-        backward_in<double>(
-            p, *plan, doubles(g), doubles(x), doubles(w), scale, dx_exact, dw_exact);
-      });
-    });
+    const bool is_float = compute_type({g, x, w}) == ScalarType::Float;
+    const auto run = is_float ? &backward_in<float> : &backward_in<double>;
+    run(p, *plan, g, x, w, scale, dx, dw);
   }
 
   // The forward or the input gradient in two steps, for callers that keep the first one's result.
@@ -467,12 +465,9 @@ struct Cpu {
     const auto plan = plan_of(p);
     if (!plan) return torch::stable::new_empty(w, {0}, dtype);
     const Product product = transposed ? Product::input_grad : Product::forward;
-    const Tensor kernel = torch::stable::contiguous(w);
-    if (dtype == ScalarType::Float) return Call<float>(p, *plan, w).spectra(kernel, product, scale);
-    const Call<double> call(p, *plan, w);
-    const Tensor w_hat = call.spectra(doubles(kernel), product, scale);
-    call.sample(kernel, static_cast<double*>(w_hat.data_ptr()) + w_hat.numel() - call.kSamples);
-    return w_hat;
+    const auto run =
+        dtype == ScalarType::Float ? &kernel_spectra_in<float> : &kernel_spectra_in<double>;
+    return run(p, *plan, torch::stable::contiguous(w), product, scale);
   }
 
   static bool apply_spectra(
@@ -484,31 +479,9 @@ struct Cpu {
     const Product product = transposed ? Product::input_grad : Product::forward;
     const auto plan = plan_of(p);
     check(plan != nullptr, op, "expected a block size with spectra, got ", p.b);
-    const Tensor kernel = torch::stable::contiguous(w);
-    const auto is_current = [&](auto type) {
-      const Call<decltype(type)> call(p, *plan, a);
-      const int64_t expected = call.spectra_size();
-      check(
-          w_hat.numel() == expected, op, "expected spectra of ", expected, " numbers, got ",
-          w_hat.numel());
-      return call.is_of(w_hat, kernel);
-    };
     const bool is_float = w_hat.scalar_type() == ScalarType::Float;
-    if (!(is_float ? is_current(float{}) : is_current(double{}))) return false;
-    if (p.tokens == 0) return true;
-    const auto run = [&](auto type, const Tensor& x, const Tensor* onto, Tensor& y) {
-      Call<decltype(type)>(p, *plan, x).apply(product, x, w_hat, onto, y);
-    };
-    const Tensor x = torch::stable::contiguous(a);
-    const auto fill = [&](Tensor& y, const Tensor* onto) {
-      if (is_float) return run(float{}, x, onto, y);
-      in_doubles(y, [&](Tensor& exact) {
-        const Tensor onto_exact = onto ? doubles(*onto) : exact;
-        run(double{}, doubles(x), onto ? &onto_exact : nullptr, exact);
-      });
-    };
-    onto(out, base ? &*base : nullptr, {x, w, w_hat}, fill);
-    return true;
+    const auto run = is_float ? &apply_spectra_in<float> : &apply_spectra_in<double>;
+    return run(p, *plan, product, out, a, w, w_hat, base ? &*base : nullptr);
   }
 
  private:
@@ -518,9 +491,47 @@ struct Cpu {
       double scale, const Tensor* base, Tensor& out) {
     const Call<T> call(p, plan, a);
     if (product == Product::kernel_grad) {
-      return call.backward(a, b, nullptr, scale, nullptr, out);
+      return filled_in<T>(
+          out, [&](Tensor& dw) { call.backward(as<T>(a), as<T>(b), nullptr, scale, nullptr, dw); });
     }
-    call.apply(product, a, call.spectra(b, product, scale), base, out);
+    apply_in(call, product, a, call.spectra(as<T>(b), product, scale), base, out);
+  }
+
+  template <class T>
+  static void apply_in(
+      const Call<T>& call, Product product, const Tensor& a, const Tensor& w_hat,
+      const Tensor* base, Tensor& out) {
+    filled_in<T>(out, [&](Tensor& y) {
+      const Tensor from = base ? as<T>(*base) : y;
+      call.apply(product, as<T>(a), w_hat, base ? &from : nullptr, y);
+    });
+  }
+
+  template <class T>
+  static Tensor kernel_spectra_in(
+      const Problem& p, const Plan& plan, const Tensor& w, Product product, double scale) {
+    const Call<T> call(p, plan, w);
+    const Tensor w_hat = call.spectra(as<T>(w), product, scale);
+    call.sample(w, call.samples_of(w_hat));
+    return w_hat;
+  }
+
+  template <class T>
+  static bool apply_spectra_in(
+      const Problem& p, const Plan& plan, Product product, Tensor& out, const Tensor& a,
+      const Tensor& w, const Tensor& w_hat, const Tensor* base) {
+    const Call<T> call(p, plan, a);
+    const int64_t expected = call.spectra_size();
+    check(
+        w_hat.numel() == expected, "_apply_spectra", "expected spectra of ", expected,
+        " numbers, got ", w_hat.numel());
+    if (!call.is_of(w_hat, torch::stable::contiguous(w))) return false;
+    if (p.tokens == 0) return true;
+    const Tensor x = torch::stable::contiguous(a);
+    onto(out, base, {x, w, w_hat}, [&](Tensor& y, const Tensor* from) {
+      apply_in(call, product, x, w_hat, from, y);
+    });
+    return true;
   }
 
   template <class T>
@@ -528,8 +539,12 @@ struct Cpu {
       const Problem& p, const Plan& plan, const Tensor& g, const Tensor& x, const Tensor& w,
       double scale, Tensor& dx, Tensor& dw) {
     const Call<T> call(p, plan, g);
-    const Tensor w_hat = call.spectra(w, Product::input_grad, scale);
-    call.backward(g, x, &w_hat, scale, &dx, dw);
+    const Tensor w_hat = call.spectra(as<T>(w), Product::input_grad, scale);
+    filled_in<T>(dx, [&](Tensor& dx_in) {
+      filled_in<T>(dw, [&](Tensor& dw_in) {
+        call.backward(as<T>(g), as<T>(x), &w_hat, scale, &dx_in, dw_in);
+      });
+    });
   }
 };
 

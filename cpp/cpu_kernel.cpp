@@ -400,14 +400,11 @@ constexpr Kernel<T> kernel = {kLanes<T>, &analyse<T>, &synthesise<T>, &multiply<
 
 }  // namespace C3A_LEVEL
 
-#define C3A_TEXT(x) #x
-#define C3A_NAME(x) C3A_TEXT(x)
 #define C3A_JOIN(x) level_##x
 #define C3A_OBJECT(x) C3A_JOIN(x)
 
 // Level C3A_LEVEL's object, level_<its name>.
 extern const Level C3A_OBJECT(C3A_LEVEL);
-const Level C3A_OBJECT(C3A_LEVEL) = {
-    C3A_NAME(C3A_LEVEL), C3A_LEVEL::kernel<float>, C3A_LEVEL::kernel<double>};
+const Level C3A_OBJECT(C3A_LEVEL) = {C3A_LEVEL::kernel<float>, C3A_LEVEL::kernel<double>};
 
 }  // namespace c3a::cpu

@@ -105,7 +105,6 @@ struct Kernel {
 
 // A level's kernels; cpu_kernel.cpp defines one object of each for every level that is built.
 struct Level {
-  const char* name;
   Kernel<float> f32;
   Kernel<double> f64;
 };

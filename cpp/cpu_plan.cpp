@@ -30,7 +30,7 @@ bool has_passes(int64_t b) {
   return b == 1;
 }
 
-// exp(-2 pi i k / n), 0 <= k < n, from an angle of at most an eighth of a turn
+// exp(-2 pi i k / n), 0 <= k < n, from an angle of at most a quarter turn
 std::pair<double, double> root(int64_t k, int64_t n) {
   if (8 * k > 4 * n) {
     const auto [re, im] = root(n - k, n);

@@ -121,20 +121,24 @@ def test_transforms_of_torch_func_equal_those_of_the_dense_definition(name, devi
     torch.testing.assert_close(transform(ours, x, w), transform(dense, x, w))
 
 
+def in_batches(tensors, in_dims):
+    """Return the tensors with a batch of two where ``in_dims`` names its dimension."""
+    pairs = zip(tensors, in_dims, strict=True)
+    return [t if dim is None else torch.stack([t, t.cos()], dim) for t, dim in pairs]
+
+
+def one_of(batched, in_dims, index):
+    pairs = zip(batched, in_dims, strict=True)
+    return [t if dim is None else t.select(dim, index) for t, dim in pairs]
+
+
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (None, 0, 1), (0, None, None), (None, None, 3)])
 def test_vmap_of_the_pair_of_gradients(in_dims, device):
     x, w, g = operands((3,), 2, 3, 4, device=device)
-    batched = [
-        t if dim is None else torch.stack([t, t.cos()], dim)
-        for t, dim in zip((g, x, w), in_dims, strict=True)
-    ]
+    batched = in_batches((g, x, w), in_dims)
     got = vmap(OPS.block_circ_conv_backward, in_dims)(*batched)
     for index in range(2):
-        one = [
-            t if dim is None else t.select(dim, index)
-            for t, dim in zip(batched, in_dims, strict=True)
-        ]
-        expected = OPS.block_circ_conv_backward(*one)
+        expected = OPS.block_circ_conv_backward(*one_of(batched, in_dims, index))
         torch.testing.assert_close((got[0][index], got[1][index]), expected)
 
 
@@ -143,10 +147,7 @@ def test_vmap_of_the_pair_of_gradients(in_dims, device):
 )
 def test_vmap_of_the_sum(in_dims, device):
     x, w, base = operands((3,), 2, 3, 4, device=device)
-    batched = [
-        t if dim is None else torch.stack([t, t.cos()], dim)
-        for t, dim in zip((base, x, w), in_dims, strict=True)
-    ]
+    batched = in_batches((base, x, w), in_dims)
     got = vmap(OPS.block_circ_conv_add, in_dims)(*batched)
     copies = [batched[0].clone(), *batched[1:]]
     if in_dims[0] is None:
@@ -156,11 +157,8 @@ def test_vmap_of_the_sum(in_dims, device):
         vmap(added_in_place, in_dims)(*copies)
         torch.testing.assert_close(copies[0].movedim(in_dims[0], 0), got)
     for index in range(2):
-        one = [
-            t if dim is None else t.select(dim, index)
-            for t, dim in zip(batched, in_dims, strict=True)
-        ]
-        torch.testing.assert_close(got[index], OPS.block_circ_conv_add(*one))
+        expected = OPS.block_circ_conv_add(*one_of(batched, in_dims, index))
+        torch.testing.assert_close(got[index], expected)
 
 
 @pytest.mark.parametrize("dtypes", [(0, 1), (1, 0), (0, 2), (2, 1)])
