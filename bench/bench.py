@@ -341,7 +341,8 @@ def plot(sweeps: dict[str, list[dict]], title: str, path: Path) -> None:
             ratios = [p["seconds"]["C3A"] / p["seconds"][peer] for p in points]
             ax.plot(at, ratios, "o-", color=color, label=f"time / {peer}'s")
         ax.axhline(1, color="gray", linewidth=1)
-        ax.set(xscale="log", yscale="log", xlabel=column, title=subtitle)
+        ax.set(xscale="log", yscale="log", xlabel=column)
+        ax.set_title(subtitle, fontsize=10)
         ax.set_xscale("log", base=2)
         ax.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("C3A's time, relative")
