@@ -39,17 +39,23 @@ if(_want_cuda)
   c3a_stand_in(stand_in_cudart libcudart.so.13)
 
   # Its name carries the CUDA major, by which c3a/_library.py chooses what to load.
-  add_library(c3a_cuda13 MODULE cuda/cuda.cu)
+  add_library(c3a_cuda13 MODULE
+    cuda/spectral.cu cuda/fused.cu cuda/cuda.cpp cuda/plans.cpp cuda/register.cpp)
   c3a_operator_library(c3a_cuda13)
-  target_compile_definitions(c3a_cuda13 PRIVATE USE_CUDA)
-  target_compile_options(c3a_cuda13 PRIVATE
-    -Xfatbin=-compress-all -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror)
-  # The cuFFT wheel's headers lie beside a copy of the runtime's: after nvcc's own.
-  target_include_directories(c3a_cuda13 PRIVATE cpp)
-  target_include_directories(c3a_cuda13 SYSTEM PRIVATE "${C3A_CUFFT_INCLUDE}")
-  target_link_libraries(c3a_cuda13 PRIVATE stand_in_torch_cuda stand_in_cufft stand_in_cudart)
-
   string(REPLACE ";" " " _architectures "${CMAKE_CUDA_ARCHITECTURES}")
+  target_compile_definitions(c3a_cuda13 PRIVATE
+    USE_CUDA C3A_CUDA_ARCHITECTURES="${_architectures}")
+  target_compile_options(c3a_cuda13 PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all -Werror=all-warnings
+      -Xcompiler=-Wall,-Wextra,-Werror>
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror>)
+  # The cuFFT wheel's headers lie beside a copy of the runtime's: after nvcc's own.
+  target_include_directories(c3a_cuda13 SYSTEM PRIVATE
+    ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} "${C3A_CUFFT_INCLUDE}")
+  # Its controls go to where c3a._C finds them.
+  target_link_libraries(c3a_cuda13 PRIVATE
+    c3a_cpu stand_in_torch_cuda stand_in_cufft stand_in_cudart)
+
   set(C3A_CUDA_FACTS
     C3A_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}" C3A_CUDA_ARCHITECTURES="${_architectures}")
 endif()

@@ -1,31 +1,16 @@
 //   A^ = rfft(a): (rows, blocks, b) -> (bins, rows, blocks), then the row of Product's table that
 //   is asked for, then irfft back. Spectra are ATen complex tensors; sums run in compute_type().
 
-#include <algorithm>
-#include <array>
-#include <string>
-
 #include "aten.h"
+
+#include "dispatch.h"
 
 namespace c3a {
 namespace {
 
-namespace abi = torch::stable::detail;
-
 // ATen's own codes for the scaling of a transform (at::native::fft_norm_mode).
 constexpr int64_t kNoScaling = 0;
 constexpr int64_t kScaleByLength = 2;
-
-// `name` is an operator's, with its overload after a dot if it has one.
-template <class... Args>
-Tensor call_aten(const std::string& name, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{abi::from(args)...};
-  const size_t dot = std::min(name.find('.'), name.size());
-  const std::string overload = name.substr(std::min(dot + 1, name.size()));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
-      name.substr(0, dot).c_str(), overload.c_str(), stack.data(), TORCH_ABI_VERSION));
-  return abi::to<Tensor>(stack[0]);
-}
 
 using Dims = std::vector<int64_t>;
 
@@ -52,22 +37,18 @@ void inverse(const Tensor& a_hat, int64_t b, const Tensor* base, Tensor& out) {
   }
 }
 
-Tensor adjoint(const Tensor& a_hat) {
-  const Tensor conjugate = call_aten("aten::conj", torch::stable::transpose(a_hat, 1, 2));
-  return torch::stable::contiguous(conjugate);
-}
-
 // `scale` goes to the factor or the result that has a kernel's size.
 Tensor contract(Product product, const Tensor& a_hat, const Tensor& b_hat, double scale) {
+  const auto adjoint_of = [](const Tensor& t) { return torch::stable::contiguous(adjoint(t)); };
   const auto scaled = [scale](const Tensor& kernel_hat) {
     if (scale == 1) return kernel_hat;
     const Tensor factor = torch::stable::full({}, scale, ScalarType::Double);
     return call_aten("aten::mul.Tensor", kernel_hat, factor);
   };
   switch (product) {
-    case Product::forward: return torch::stable::matmul(a_hat, adjoint(scaled(b_hat)));
+    case Product::forward: return torch::stable::matmul(a_hat, adjoint_of(scaled(b_hat)));
     case Product::input_grad: return torch::stable::matmul(a_hat, scaled(b_hat));
-    case Product::kernel_grad: return scaled(torch::stable::matmul(adjoint(a_hat), b_hat));
+    case Product::kernel_grad: return scaled(torch::stable::matmul(adjoint_of(a_hat), b_hat));
   }
   throw std::logic_error("c3a: unknown product");
 }

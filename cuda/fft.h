@@ -1,112 +1,208 @@
-// Batched real transforms by cuFFT, spectra laid out bin by bin: element k of transform t lies at
-// k * batch + t, so that one bin of all transforms is a dense matrix.
+// Real transforms of signals in shared memory, b = 2 h = 2^(kLog + 1) numbers each, by all threads
+// of a thread block: h complex numbers z[u] = x[2u] + i x[2u+1] become, in place and up to a factor,
+// the spectrum. Slot p holds bin reverse(p), p's kLog bits reversed; slot 0 holds the real bins 0 and
+// h as one number.
+//
+// Passes of decimation in frequency leave Z in that order, where the slots of Z[k] and Z[h-k] are p
+// and p ^ (top - 1), top the highest bit of p. Then, with w = exp(-2 pi i / b),
+//
+//   s = Z[k] + conj(Z[h-k])   t = i w^k (Z[k] - conj(Z[h-k]))
+//   2 X[k] = s - t            2 X[h-k] = conj(s + t)
+//
+// The inverse takes the same steps backwards. Forward and inverse multiply by 2 and by b.
 
 #pragma once
 
-#include <cufft.h>
-
 #include <cstdint>
-#include <sstream>
-#include <stdexcept>
-#include <type_traits>
 
-namespace c3a {
+#include "kernels.h"
 
-inline const char* name(cufftResult result) {
-  switch (result) {
-    case CUFFT_SUCCESS: return "CUFFT_SUCCESS";
-    case CUFFT_INVALID_PLAN: return "CUFFT_INVALID_PLAN";
-    case CUFFT_ALLOC_FAILED: return "CUFFT_ALLOC_FAILED";
-    case CUFFT_INVALID_TYPE: return "CUFFT_INVALID_TYPE";
-    case CUFFT_INVALID_VALUE: return "CUFFT_INVALID_VALUE";
-    case CUFFT_INTERNAL_ERROR: return "CUFFT_INTERNAL_ERROR";
-    case CUFFT_EXEC_FAILED: return "CUFFT_EXEC_FAILED";
-    case CUFFT_SETUP_FAILED: return "CUFFT_SETUP_FAILED";
-    case CUFFT_INVALID_SIZE: return "CUFFT_INVALID_SIZE";
-    case CUFFT_INVALID_DEVICE: return "CUFFT_INVALID_DEVICE";
-    case CUFFT_NO_WORKSPACE: return "CUFFT_NO_WORKSPACE";
-    case CUFFT_NOT_IMPLEMENTED: return "CUFFT_NOT_IMPLEMENTED";
-    case CUFFT_NOT_SUPPORTED: return "CUFFT_NOT_SUPPORTED";
-    default: return "an unknown cuFFT error";
+namespace c3a::cuda {
+
+constexpr int kTurn = static_cast<int>(kLongestFused);
+
+struct Turns {
+  float2 at[kTurn];  // exp(-2 pi i k / kTurn)
+};
+
+constexpr double series(double x, bool sine) {
+  double term = sine ? x : 1, sum = term;
+  for (int i = sine ? 2 : 1; i < 20; i += 2) sum += term *= -x * x / (i * (i + 1));
+  return sum;
+}
+
+// Computed in float64 and rounded once: the first eighth of the circle by series, the rest by
+// symmetry.
+constexpr Turns make_turns() {
+  Turns turns{};
+  constexpr double kTau = 6.283185307179586476925286766559;
+  constexpr int kEighth = kTurn / 8;
+  for (int k = 0; k <= kEighth; ++k) {
+    const float c = static_cast<float>(series(kTau * k / kTurn, false));
+    const float s = static_cast<float>(series(kTau * k / kTurn, true));
+    const float2 octants[8] = {{c, -s}, {s, -c}, {-s, -c}, {-c, -s},
+                               {-c, s}, {-s, c}, {s, c},   {c, s}};
+    const int places[8] = {k,
+                           2 * kEighth - k,
+                           2 * kEighth + k,
+                           4 * kEighth - k,
+                           4 * kEighth + k,
+                           6 * kEighth - k,
+                           6 * kEighth + k,
+                           (8 * kEighth - k) % kTurn};
+    for (int octant = 0; octant < 8; ++octant) turns.at[places[octant]] = octants[octant];
+  }
+  return turns;
+}
+
+__device__ const Turns kTurns = make_turns();
+
+// exp(-2 pi i k / n), n a power of two up to kTurn
+__device__ inline float2 turn(int k, int n) { return kTurns.at[k * (kTurn / n)]; }
+
+__device__ inline float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+__device__ inline float2 operator-(float2 a, float2 b) { return {a.x - b.x, a.y - b.y}; }
+__device__ inline float2 conj(float2 a) { return {a.x, -a.y}; }
+__device__ inline float2 times(float2 a, float2 b) {
+  return {a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x};
+}
+
+// Where number i of all signals lies: neighbours, and numbers 8 or 16 apart, in different banks.
+__device__ inline int place(int i) { return i ^ (i >> 4 & 15); }
+template <int kLog>
+__device__ inline int place(int signal, int u) {
+  return place((signal << kLog) + u);
+}
+
+// a times exp(-2 pi i q / 16), or its conjugate, q < 8
+template <bool kConjugate>
+__device__ inline float2 turned(float2 a, int q) {
+  constexpr float c1 = 0.92387953251128675613f, c2 = 0.70710678118654752440f;
+  constexpr float c3 = 0.38268343236508977173f;
+  constexpr float cosine[8] = {1, c1, c2, c3, 0, -c3, -c2, -c1};
+  constexpr float sine[8] = {0, c3, c2, c1, 1, c1, c2, c3};
+  const float s = kConjugate ? sine[q] : -sine[q];
+  if (q == 0) return a;
+  if (q == 4) return {-s * a.y, s * a.x};
+  return times(a, {cosine[q], s});
+}
+
+__device__ constexpr int reversed(int i, int bits) {
+  int r = 0;
+  for (int bit = 0; bit < bits; ++bit) r = 2 * r + (i >> bit & 1);
+  return r;
+}
+
+// a[reversed(q)] <- sum_p a[p] exp(-2 pi i p q / R), by decimation in frequency
+template <int R>
+__device__ inline void dft(float2 (&a)[R]) {
+#pragma unroll
+  for (int half = R / 2; half >= 1; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      if (i & half) continue;
+      const float2 p = a[i], q = a[i + half];
+      a[i] = p + q;
+      a[i + half] = turned<false>(p - q, i % half * (8 / half));
+    }
   }
 }
 
-inline void check_cufft(cufftResult result, const char* call) {
-  if (result == CUFFT_SUCCESS) return;
-  std::ostringstream message;
-  message << "c3a: " << call << " failed: " << name(result);
-  throw std::runtime_error(message.str());
+// R times what undoes it, by decimation in time
+template <int R>
+__device__ inline void undo_dft(float2 (&a)[R]) {
+#pragma unroll
+  for (int half = 1; half < R; half *= 2) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      if (i & half) continue;
+      const float2 p = a[i], q = turned<true>(a[i + half], i % half * (8 / half));
+      a[i] = p + q;
+      a[i + half] = p - q;
+    }
+  }
 }
 
-#define C3A_CUFFT_CHECK(call) ::c3a::check_cufft((call), #call)
+// The radix, as its logarithm, of the first pass over 2^log numbers: few passes of 4 to 16.
+__device__ constexpr int first_radix(int log) {
+  return log == 4 || log == 7 || log == 8 || log == 10 ? 4 : log < 3 ? log : 3;
+}
 
-template <class Real>
-struct ComplexOf {
-  using type = std::conditional_t<std::is_same_v<Real, double>, cufftDoubleComplex, cufftComplex>;
-};
-template <class Real>
-using Complex = typename ComplexOf<Real>::type;
-
-enum class Direction { forward, inverse };  // R2C, C2R; both unscaled
-
-// One plan. The caller gives its workspace, which must outlive the execution.
-template <class Real>
-class Plan {
- public:
-  Plan(Direction direction, int64_t length, int64_t batch) {
-    constexpr bool wide = std::is_same_v<Real, double>;
-    const cufftType type = direction == Direction::forward ? (wide ? CUFFT_D2Z : CUFFT_R2C)
-                                                           : (wide ? CUFFT_Z2D : CUFFT_C2R);
-    long long n = length, real_size = length, bins = length / 2 + 1;
-    C3A_CUFFT_CHECK(cufftCreate(&handle_));
-    try {
-      C3A_CUFFT_CHECK(cufftSetAutoAllocation(handle_, 0));
-      if (direction == Direction::forward) {
-        C3A_CUFFT_CHECK(cufftMakePlanMany64(
-            handle_, /* rank= */ 1, &n, &real_size, /* istride= */ 1, /* idist= */ length, &bins,
-            /* ostride= */ batch, /* odist= */ 1, type, batch, &workspace_bytes_));
-      } else {
-        C3A_CUFFT_CHECK(cufftMakePlanMany64(
-            handle_, /* rank= */ 1, &n, &bins, /* istride= */ batch, /* idist= */ 1, &real_size,
-            /* ostride= */ 1, /* odist= */ length, type, batch, &workspace_bytes_));
+// Every thread block of 2^kLength numbers within signals of 2^kLog goes through one radix.
+template <int kLog, int kLength, bool kInverse>
+__device__ inline void pass(float2* z, int signals) {
+  constexpr int kRadix = first_radix(kLength), R = 1 << kRadix;
+  constexpr int kRest = kLength - kRadix;  // numbers R apart in order: 2^kRest
+  const int items = signals << (kLog - kRadix);
+  for (int e = threadIdx.x; e < items; e += blockDim.x) {
+    const int u = e & ((1 << kRest) - 1), first = ((e >> kRest) << kLength) + u;
+    float2 a[R];
+#pragma unroll
+    for (int q = 0; q < R; ++q) a[q] = z[place(first + (q << kRest))];
+    if constexpr (!kInverse) dft(a);
+    if constexpr (kRest > 0) {
+#pragma unroll
+      for (int q = 1; q < R; ++q) {
+        const float2 w = turn(u * reversed(q, kRadix), 1 << kLength);
+        a[q] = times(a[q], kInverse ? conj(w) : w);
       }
-    } catch (...) {
-      cufftDestroy(handle_);
-      throw;
     }
+    if constexpr (kInverse) undo_dft(a);
+#pragma unroll
+    for (int q = 0; q < R; ++q) z[place(first + (q << kRest))] = a[q];
   }
-  ~Plan() { cufftDestroy(handle_); }
-  Plan(const Plan&) = delete;
-  Plan& operator=(const Plan&) = delete;
+  __syncthreads();
+}
 
-  size_t workspace_bytes() const { return workspace_bytes_; }
+template <int kLog, int kLength = kLog>
+__device__ inline void passes(float2* z, int signals) {
+  pass<kLog, kLength, false>(z, signals);
+  constexpr int kRest = kLength - first_radix(kLength);
+  if constexpr (kRest > 0) passes<kLog, kRest>(z, signals);
+}
 
-  void use(void* workspace, cudaStream_t stream) {
-    C3A_CUFFT_CHECK(cufftSetWorkArea(handle_, workspace));
-    C3A_CUFFT_CHECK(cufftSetStream(handle_, stream));
-  }
+template <int kLog, int kLength = kLog>
+__device__ inline void undo_passes(float2* z, int signals) {
+  constexpr int kRest = kLength - first_radix(kLength);
+  if constexpr (kRest > 0) undo_passes<kLog, kRest>(z, signals);
+  pass<kLog, kLength, true>(z, signals);
+}
 
-  void forward(const Real* in, Complex<Real>* out) {
-    Real* input = const_cast<Real*>(in);  // out of place, a forward transform leaves it as it is
-    if constexpr (std::is_same_v<Real, double>) {
-      C3A_CUFFT_CHECK(cufftExecD2Z(handle_, input, out));
-    } else {
-      C3A_CUFFT_CHECK(cufftExecR2C(handle_, input, out));
+// Between Z and X; each pair of slots by one thread, slots 0 and 1 by another.
+template <int kLog, bool kInverse>
+__device__ inline void split(float2* z, int signals) {
+  constexpr int h = 1 << kLog;
+  for (int e = threadIdx.x; e < signals << (kLog - 1); e += blockDim.x) {
+    const int pair = e & (h / 2 - 1), signal = (e >> (kLog - 1)) << kLog;
+    if (pair == 0) {
+      const float2 zero = z[place(signal)], half = z[place(signal + 1)];
+      const float factor = kInverse ? 1.0f : 2.0f;
+      z[place(signal)] = {factor * (zero.x + zero.y), factor * (zero.x - zero.y)};
+      z[place(signal + 1)] = {2 * half.x, -2 * half.y};
+      continue;
     }
+    const int top = 1 << (31 - __clz(pair)), p = pair + top, q = p ^ (2 * top - 1);
+    const float2 a = z[place(signal + p)], b = z[place(signal + q)];
+    const float2 w = turn(static_cast<int>(__brev(p) >> (32 - kLog)), 2 * h);
+    const float2 i_w = kInverse ? float2{w.y, w.x} : float2{-w.y, w.x};
+    const float2 s = a + conj(b), t = times(a - conj(b), i_w);
+    // The inverse multiplies by i conj(w) and adds where the forward subtracts.
+    z[place(signal + p)] = kInverse ? s + t : s - t;
+    z[place(signal + q)] = conj(kInverse ? s - t : s + t);
   }
+  __syncthreads();
+}
 
-  // Overwrites `in`.
-  void inverse(Complex<Real>* in, Real* out) {
-    if constexpr (std::is_same_v<Real, double>) {
-      C3A_CUFFT_CHECK(cufftExecZ2D(handle_, in, out));
-    } else {
-      C3A_CUFFT_CHECK(cufftExecC2R(handle_, in, out));
-    }
-  }
+template <int kLog>
+__device__ inline void forward(float2* z, int signals) {
+  passes<kLog>(z, signals);
+  split<kLog, false>(z, signals);
+}
 
- private:
-  cufftHandle handle_ = 0;
-  size_t workspace_bytes_ = 0;
-};
+template <int kLog>
+__device__ inline void inverse(float2* z, int signals) {
+  split<kLog, true>(z, signals);
+  undo_passes<kLog>(z, signals);
+}
 
-}  // namespace c3a
+}  // namespace c3a::cuda

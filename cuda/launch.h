@@ -1,5 +1,5 @@
-// How device functions are launched, and how every CUDA call is checked: in one place, so that a
-// test build can put something else under them.
+// How device functions are launched and CUDA's calls checked: in one place, so that a test build can
+// put something else under them by defining C3A_LAUNCH and C3A_SHARED first.
 
 #pragma once
 
@@ -9,14 +9,21 @@
 #include <sstream>
 #include <stdexcept>
 
-#define C3A_CUDA_CHECK(call) ::c3a::check_cuda((call), #call)
-#define C3A_LAUNCH(function, grid, threads, stream, ...)           \
-  do {                                                             \
-    (function)<<<(grid), (threads), 0, (stream)>>>(__VA_ARGS__);   \
-    ::c3a::check_cuda(cudaGetLastError(), "launch of " #function); \
+#ifndef C3A_LAUNCH
+// All shared memory is dynamic.
+#define C3A_SHARED(T, name)                                                \
+  extern __shared__ __align__(16) unsigned char c3a_shared_memory_bytes[]; \
+  T* const name = reinterpret_cast<T*>(c3a_shared_memory_bytes)
+#define C3A_LAUNCH(function, grid, threads, shared_bytes, stream, ...)        \
+  do {                                                                        \
+    (function)<<<(grid), (threads), (shared_bytes), (stream)>>>(__VA_ARGS__); \
+    ::c3a::cuda::check_cuda(cudaGetLastError(), "launch of " #function);      \
   } while (0)
+#endif
 
-namespace c3a {
+#define C3A_CUDA_CHECK(call) ::c3a::cuda::check_cuda((call), #call)
+
+namespace c3a::cuda {
 
 inline void check_cuda(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
@@ -28,11 +35,14 @@ inline void check_cuda(cudaError_t error, const char* call) {
 
 constexpr int kThreads = 256;
 
-// Device functions walk over their elements with a stride of the whole grid.
-inline unsigned grid_for(int64_t elements) {
-  constexpr int64_t kMaxGrid = 65535;
-  const int64_t blocks = (elements + kThreads - 1) / kThreads;
-  return static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid);
+// Shared memory beyond what every launch may have must be asked for.
+template <class Function>
+void allow_shared_memory(Function* function, size_t bytes) {
+  constexpr size_t kAlwaysAllowed = 48 * 1024;
+  if (bytes <= kAlwaysAllowed) return;
+  C3A_CUDA_CHECK(cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(function), cudaFuncAttributeMaxDynamicSharedMemorySize,
+      static_cast<int>(bytes)));
 }
 
-}  // namespace c3a
+}  // namespace c3a::cuda

@@ -1,0 +1,103 @@
+// What the back end asks of the GPU: plain structs and functions on device memory. spectral.cu has
+// the steps around cuFFT's transforms, fused.cu the path that needs no cuFFT.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace c3a::cuda {
+
+template <class Real>
+using Complex = std::conditional_t<std::is_same_v<Real, double>, double2, float2>;
+
+enum class Element { f64, f32, bf16, f16 };
+
+inline int64_t bytes_of(Element type) {
+  return type == Element::f64 ? 8 : type == Element::f32 ? 4 : 2;
+}
+
+// Numbers in device memory.
+struct Numbers {
+  void* data;
+  Element type;
+};
+
+// Whether this build has code that the current device can run.
+bool has_code();
+
+// out[e] = in[e] * factor
+template <class Real>
+void load(const Numbers& in, Real* out, int64_t size, Real factor, cudaStream_t stream);
+
+// out[e] = base[e] + in[e] * factor, rounded once. `base` has out's type; null, it is zero. It may
+// be `out`.
+template <class Real>
+void store(
+    const Real* in, const void* base, const Numbers& out, int64_t size, Real factor,
+    cudaStream_t stream);
+
+// One bin's matrix as a factor of a product: entry (row, column) lies at row * rows + column *
+// columns, conjugated or not. One of the two strides is 1.
+struct Factor {
+  int64_t rows, columns, per_bin;
+  bool conjugate;
+};
+
+struct Sizes {
+  int64_t bins, rows, columns, terms;
+};
+
+// The number of parts that `product` cuts its sums into where results are too few to fill a GPU: it
+// depends on the sizes alone, so that results do too.
+int64_t parts_of(const Sizes& sizes);
+
+// out[part, k, r, c] = sum over the part's s of a[k, r, s] b[k, s, c]
+template <class Real>
+void product(
+    const Complex<Real>* a, const Factor& fa, const Complex<Real>* b, const Factor& fb,
+    Complex<Real>* out, const Sizes& sizes, int64_t parts, cudaStream_t stream);
+
+// out[e] (+)= sum_part in[part, e], in the order of the parts
+template <class Real>
+void sum_parts(
+    const Complex<Real>* in, Complex<Real>* out, int64_t size, int64_t parts, bool accumulate,
+    cudaStream_t stream);
+
+// The fused path: transform, product and inverse of a tile of tokens in one launch.
+//
+//   out[t, o] = base[t, o] + sum_i kernel_oi applied to in[t, i],   o < out_blocks, i < in_blocks
+//
+// b is a power of two, 32 to 2048; numbers are not float64. Kernel spectra are (rows, b/2) complex
+// numbers in the order of fft.h.
+struct Tile {
+  int tokens;           // in one thread block's tile
+  int64_t shared_bytes; // that it needs; at most what was asked for
+};
+
+constexpr int64_t kShortestFused = 32, kLongestFused = 2048;
+
+// The largest tile that fits, or none: zero tokens.
+Tile fused_tile(int64_t b, int64_t in_blocks, int64_t shared_bytes_per_block);
+
+struct Fused {
+  int64_t b, tokens, in_blocks, out_blocks;
+  Numbers in, out;
+  const void* base;      // has out's type; null: zero. It may be out.data.
+  const float2* w_hat;   // of block (o, i) at o * w_out + i * w_in, in units of b/2
+  int64_t w_out, w_in;
+  bool conjugate;        // the forward takes conj(w^), the input gradient w^
+};
+
+// out[row, slot] = factor * the spectrum of row `row` of `in`: rows * b numbers
+void kernel_spectra(
+    int64_t b, const Numbers& in, float2* out, int64_t rows, float factor, cudaStream_t stream);
+
+// What undoes the scaling of fft.h's transforms, as a factor of the kernel's spectra.
+inline float fused_factor(int64_t b) { return 0.25f / static_cast<float>(b); }
+
+void fused(const Fused& problem, const Tile& tile, int multiprocessors, cudaStream_t stream);
+
+}  // namespace c3a::cuda
