@@ -1,7 +1,7 @@
 // The CUDA back end. Two paths: fused (fused.cu), one launch for a tile of tokens, and cuFFT's,
 // chunk by chunk: convert, transform to spectra that lie bin by bin, one complex matrix product per
-// bin, transform back, add and convert. Everything is enqueued on the current stream; temporaries and
-// cuFFT's workspaces come from torch's allocator.
+// bin, transform back, add and convert. Everything is enqueued on the current stream; temporaries
+// and cuFFT's workspaces come from torch's allocator.
 
 #include "cuda.h"
 
@@ -139,16 +139,17 @@ class Call {
       : p_(problem), like_(like), device_(current_device()), stream_(current_stream(like)) {}
 
   // The path for the forward or the input gradient. In units of bytes from the device's memory, the
-  // second-level cache being twice as fast: cuFFT's path moves 16 bytes more for every number in and
-  // out, and the kernel's spectra once; the fused one moves the spectra through the cache for every
-  // tile.
+  // second-level cache being twice as fast: cuFFT's path moves 16 bytes more for every number in
+  // and out, and the kernel's spectra once; the fused one moves the spectra through the cache for
+  // every tile.
   bool is_fused(Product which, ScalarType type) const {
     if (controls.chosen_path() == Path::cufft || type == ScalarType::Double) return false;
     const Tile tile = tile_of(which);
     if (tile.tokens == 0 || controls.chosen_path() == Path::fused) return tile.tokens > 0;
     const int64_t spectra = 4 * p_.m * p_.n * p_.b;
     const int64_t tiles = (p_.tokens + tile.tokens - 1) / tile.tokens;
-    return tiles * (spectra / 2) <= p_.tokens * 16 * (p_.in_features() + p_.out_features()) + spectra;
+    return tiles * (spectra / 2) <=
+           p_.tokens * 16 * (p_.in_features() + p_.out_features()) + spectra;
   }
 
   void run_fused(
@@ -198,8 +199,7 @@ class Call {
             numbers(*out, begin));
       }
       if (x) {
-        const Tensor x_hat =
-            spectra<Real>(numbers(*x, first * p_.n * p_.b), tokens, p_.n, Real{1});
+        const Tensor x_hat = spectra<Real>(numbers(*x, first * p_.n * p_.b), tokens, p_.n, Real{1});
         accumulate<Real>(a_hat, x_hat, tokens, first > 0, dw_hat);
       }
     }
@@ -216,7 +216,8 @@ class Call {
   // workspaces, within the limit; chunks of one size, but for the last.
   template <class Real>
   int64_t chunk() const {
-    const int64_t bytes = 2 * (p_.m + p_.n) * p_.bins() * static_cast<int64_t>(sizeof(Complex<Real>));
+    const int64_t bytes =
+        2 * (p_.m + p_.n) * p_.bins() * static_cast<int64_t>(sizeof(Complex<Real>));
     const int64_t most = std::max<int64_t>(1, controls.temporary_limit() / bytes);
     const int64_t chunks = (p_.tokens + most - 1) / most;
     return (p_.tokens + chunks - 1) / chunks;
@@ -265,9 +266,10 @@ class Call {
     if (std::min({p_.m, p_.n, tokens}) >= kLarge) {
       return torch::stable::matmul(a_hat, forward ? adjoint(w_hat) : w_hat);
     }
-    const int64_t m = p_.m, n = p_.n, t = tokens;
+    const int m = static_cast<int>(p_.m), n = static_cast<int>(p_.n);
+    const int64_t t = tokens, per_bin = p_.m * p_.n;
     const Factor a = forward ? Factor{n, 1, t * n, false} : Factor{m, 1, t * m, false};
-    const Factor w = forward ? Factor{1, n, m * n, true} : Factor{n, 1, m * n, false};
+    const Factor w = forward ? Factor{1, n, per_bin, true} : Factor{n, 1, per_bin, false};
     const Sizes sizes{p_.bins(), t, forward ? m : n, forward ? n : m};
     const Tensor out_hat = complexes<Real>({sizes.bins, sizes.rows, sizes.columns});
     product<Real>(
@@ -280,12 +282,13 @@ class Call {
   template <class Real>
   void accumulate(
       const Tensor& g_hat, const Tensor& x_hat, int64_t tokens, bool onto, Tensor& dw_hat) const {
-    const int64_t m = p_.m, n = p_.n, size = p_.bins() * m * n;
+    const int m = static_cast<int>(p_.m), n = static_cast<int>(p_.n);
+    const int64_t size = p_.bins() * p_.m * p_.n;
     const Factor g{1, m, tokens * m, true}, x{n, 1, tokens * n, false};
     const Sizes sizes{p_.bins(), m, n, tokens};
     const int64_t parts = parts_of(sizes);
     const bool direct = parts == 1 && !onto;
-    const Tensor terms = direct ? dw_hat : complexes<Real>({parts, p_.bins(), m, n});
+    const Tensor terms = direct ? dw_hat : complexes<Real>({parts, p_.bins(), p_.m, p_.n});
     product<Real>(
         data<Complex<Real>>(g_hat), g, data<Complex<Real>>(x_hat), x, data<Complex<Real>>(terms),
         sizes, parts, stream_);

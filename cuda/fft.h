@@ -1,7 +1,7 @@
 // Real transforms of signals in shared memory, b = 2 h = 2^(kLog + 1) numbers each, by all threads
-// of a thread block: h complex numbers z[u] = x[2u] + i x[2u+1] become, in place and up to a factor,
-// the spectrum. Slot p holds bin reverse(p), p's kLog bits reversed; slot 0 holds the real bins 0 and
-// h as one number.
+// of a thread block: h complex numbers z[u] = x[2u] + i x[2u+1] become, in place and up to a
+// factor, the spectrum. Slot p holds bin reverse(p), p's kLog bits reversed; slot 0 holds the real
+// bins 0 and h as one number.
 //
 // Passes of decimation in frequency leave Z in that order, where the slots of Z[k] and Z[h-k] are p
 // and p ^ (top - 1), top the highest bit of p. Then, with w = exp(-2 pi i / b),
@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "launch.h"
 
 namespace c3a::cuda {
 
@@ -42,14 +43,15 @@ constexpr Turns make_turns() {
     const float s = static_cast<float>(series(kTau * k / kTurn, true));
     const float2 octants[8] = {{c, -s}, {s, -c}, {-s, -c}, {-c, -s},
                                {-c, s}, {-s, c}, {s, c},   {c, s}};
-    const int places[8] = {k,
-                           2 * kEighth - k,
-                           2 * kEighth + k,
-                           4 * kEighth - k,
-                           4 * kEighth + k,
-                           6 * kEighth - k,
-                           6 * kEighth + k,
-                           (8 * kEighth - k) % kTurn};
+    const int places[8] = {
+        k,
+        2 * kEighth - k,
+        2 * kEighth + k,
+        4 * kEighth - k,
+        4 * kEighth + k,
+        6 * kEighth - k,
+        6 * kEighth + k,
+        (8 * kEighth - k) % kTurn};
     for (int octant = 0; octant < 8; ++octant) turns.at[places[octant]] = octants[octant];
   }
   return turns;
@@ -134,7 +136,7 @@ __device__ inline void pass(float2* z, int signals) {
   constexpr int kRadix = first_radix(kLength), R = 1 << kRadix;
   constexpr int kRest = kLength - kRadix;  // numbers R apart in order: 2^kRest
   const int items = signals << (kLog - kRadix);
-  for (int e = threadIdx.x; e < items; e += blockDim.x) {
+  for (int e = threadIdx.x; e < items; e += kThreads) {
     const int u = e & ((1 << kRest) - 1), first = ((e >> kRest) << kLength) + u;
     float2 a[R];
 #pragma unroll
@@ -172,7 +174,7 @@ __device__ inline void undo_passes(float2* z, int signals) {
 template <int kLog, bool kInverse>
 __device__ inline void split(float2* z, int signals) {
   constexpr int h = 1 << kLog;
-  for (int e = threadIdx.x; e < signals << (kLog - 1); e += blockDim.x) {
+  for (int e = threadIdx.x; e < signals << (kLog - 1); e += kThreads) {
     const int pair = e & (h / 2 - 1), signal = (e >> (kLog - 1)) << kLog;
     if (pair == 0) {
       const float2 zero = z[place(signal)], half = z[place(signal + 1)];

@@ -1,5 +1,6 @@
-// The fused path. A thread block takes a tile of kTokens tokens: their spectra stay in shared memory,
-// kernel spectra stream past them, and groups of output blocks are transformed back and stored.
+// The fused path. A thread block takes a tile of kTokens tokens: their spectra stay in shared
+// memory, kernel spectra stream past them, and groups of output blocks are transformed back and
+// stored.
 //
 //   shared memory: z[i][t][slot], i < in_blocks, then y[o][t][slot], o < kGroup
 
@@ -27,15 +28,33 @@ __device__ inline void with_narrow_type(Element type, const F& f) {
 template <class P>
 using Pointee = std::remove_const_t<std::remove_pointer_t<P>>;
 
-// Complex numbers [first, first + Group<T>::kSize / 2) of one row as T; reals one by one unless
-// `aligned`.
-template <class T>
-__device__ inline Group<T> read(const T* row, int first, bool aligned) {
-  if (aligned) return load_group(row + 2 * first);
-  Group<T> group;
+// Calls f with `aligned` as a constant: two loops, since within one the compiler takes the vectors
+// of one branch apart to share the code of the other.
+template <class F>
+__device__ inline void with_alignment(bool aligned, const F& f) {
+  aligned ? f(std::true_type{}) : f(std::false_type{});
+}
+
+template <bool kAligned, class T>
+__device__ inline Group<T> read(const T* p) {
+  if constexpr (kAligned) {
+    return load_group(p);
+  } else {
+    Group<T> group;
 #pragma unroll
-  for (int i = 0; i < Group<T>::kSize; ++i) group.values[i] = row[2 * first + i];
-  return group;
+    for (int i = 0; i < Group<T>::kSize; ++i) group.values[i] = p[i];
+    return group;
+  }
+}
+
+template <bool kAligned, class T>
+__device__ inline void write(T* p, const Group<T>& group) {
+  if constexpr (kAligned) {
+    store_group(p, group);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Group<T>::kSize; ++i) p[i] = group.values[i];
+  }
 }
 
 // Rows of b * blocks numbers each into z[block][row][u]; rows from `rows` on are zero. Each row is
@@ -49,16 +68,19 @@ __device__ inline void load_rows(
     using T = Pointee<decltype(type)>;
     constexpr int kPairs = Group<T>::kSize / 2;
     const T* from = static_cast<const T*>(in.data) + (first_row + row) * 2 * h * blocks;
-    for (int c = threadIdx.x % kReaders * kPairs; c < h * blocks; c += kReaders * kPairs) {
-      Group<T> group{};
-      if (first_row + row < rows) group = read(from, c, aligned);
-      const int signal = (c >> kLog) * kRows + row, u = c & (h - 1);
+    with_alignment(aligned, [&](auto constant) {
+#pragma unroll 2
+      for (int c = threadIdx.x % kReaders * kPairs; c < h * blocks; c += kReaders * kPairs) {
+        Group<T> group{};
+        if (first_row + row < rows) group = read<constant.value>(from + 2 * c);
+        const int signal = (c >> kLog) * kRows + row, u = c & (h - 1);
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        z[place<kLog>(signal, u + i)] = {
-            widen<float>(group.values[2 * i]), widen<float>(group.values[2 * i + 1])};
+        for (int i = 0; i < kPairs; ++i) {
+          z[place<kLog>(signal, u + i)] = {
+              widen<float>(group.values[2 * i]), widen<float>(group.values[2 * i + 1])};
+        }
       }
-    }
+    });
   });
   __syncthreads();
 }
@@ -121,24 +143,22 @@ __device__ inline void store_rows(
       const int64_t begin = (token * f.out_blocks + first_out) * 2 * h;
       T* to = static_cast<T*>(f.out.data) + begin;
       const T* base = f.base ? static_cast<const T*>(f.base) + begin : nullptr;
-      for (int c = threadIdx.x % kWriters * kPairs; c < blocks << kLog; c += kWriters * kPairs) {
-        const int signal = (c >> kLog) * kTokens + t, u = c & (h - 1);
-        Group<T> group{};
-        if (base) group = read(base, c, aligned);
+      with_alignment(aligned, [&](auto constant) {
+#pragma unroll 1
+        for (int c = threadIdx.x % kWriters * kPairs; c < blocks * h; c += kWriters * kPairs) {
+          const int signal = (c >> kLog) * kTokens + t, u = c & (h - 1);
+          Group<T> group{};
+          if (base) group = read<constant.value>(base + 2 * c);
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-          const float2 value = y[place<kLog>(signal, u + i)];
-          T* const pair = group.values + 2 * i;
-          pair[0] = narrow<T>(base ? widen<float>(pair[0]) + value.x : value.x);
-          pair[1] = narrow<T>(base ? widen<float>(pair[1]) + value.y : value.y);
+          for (int i = 0; i < kPairs; ++i) {
+            const float2 value = y[place<kLog>(signal, u + i)];
+            T* const pair = group.values + 2 * i;
+            pair[0] = narrow<T>(base ? widen<float>(pair[0]) + value.x : value.x);
+            pair[1] = narrow<T>(base ? widen<float>(pair[1]) + value.y : value.y);
+          }
+          write<constant.value>(to + 2 * c, group);
         }
-        if (aligned) {
-          store_group(to + 2 * c, group);
-        } else {
-#pragma unroll
-          for (int i = 0; i < Group<T>::kSize; ++i) to[2 * c + i] = group.values[i];
-        }
-      }
+      });
     });
   }
   __syncthreads();
@@ -166,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int kKernelRows = 8;  // in one thread block
 
 template <int kLog>
-__global__ void __launch_bounds__(kThreads) transform_kernel(
+__global__ void __launch_bounds__(kThreads, 2) transform_kernel(
     Numbers in, float2* __restrict__ out, int64_t rows, float factor, bool aligned) {
   constexpr int h = 1 << kLog;
   C3A_SHARED(float2, z);
@@ -217,29 +237,36 @@ void kernel_spectra(
     int64_t b, const Numbers& in, float2* out, int64_t rows, float factor, cudaStream_t stream) {
   const unsigned grid = static_cast<unsigned>((rows + kKernelRows - 1) / kKernelRows);
   with_log(b, [&](auto log) {
-    auto* const function = &transform_kernel<log>;
     const size_t bytes = kKernelRows * (sizeof(float2) << log);
-    allow_shared_memory(function, bytes);
+    allow_shared_memory(&transform_kernel<log>, bytes);
     C3A_LAUNCH(
-        function, grid, kThreads, bytes, stream, in, out, rows, factor, is_aligned(in.data));
+        (transform_kernel<log>), grid, kThreads, bytes, stream, in, out, rows, factor,
+        is_aligned(in.data));
   });
 }
 
 void fused(const Fused& problem, const Tile& tile, int multiprocessors, cudaStream_t stream) {
+  const int64_t tiles = (problem.tokens + tile.tokens - 1) / tile.tokens;
+  const bool in_aligned = is_aligned(problem.in.data);
+  const bool out_aligned = is_aligned(problem.out.data) && is_aligned(problem.base);
   with_log(problem.b, [&](auto log) {
-    auto* const function = tile.tokens == 8 ? &convolve<log, 8> : &convolve<log, 4>;
-    allow_shared_memory(function, tile.shared_bytes);
-    const int64_t tiles = (problem.tokens + tile.tokens - 1) / tile.tokens;
-    const int64_t groups = (problem.out_blocks + kGroup<log> - 1) / kGroup<log>;
     // Few tiles do not fill the GPU: then each is transformed several times, for a part of the
     // output blocks each time.
+    const int64_t groups = (problem.out_blocks + kGroup<log> - 1) / kGroup<log>;
     const int64_t wanted = (2 * multiprocessors + tiles - 1) / tiles;
     const dim3 grid(
         static_cast<unsigned>(tiles), static_cast<unsigned>(wanted < groups ? wanted : groups));
-    const bool in_aligned = is_aligned(problem.in.data);
-    const bool out_aligned = is_aligned(problem.out.data) && is_aligned(problem.base);
-    C3A_LAUNCH(
-        function, grid, kThreads, tile.shared_bytes, stream, problem, in_aligned, out_aligned);
+    const auto launch = [&](auto tokens) {
+      allow_shared_memory(&convolve<log, tokens>, tile.shared_bytes);
+      C3A_LAUNCH(
+          (convolve<log, tokens>), grid, kThreads, tile.shared_bytes, stream, problem, in_aligned,
+          out_aligned);
+    };
+    if (tile.tokens == 8) {
+      launch(std::integral_constant<int, 8>{});
+    } else {
+      launch(std::integral_constant<int, 4>{});
+    }
   });
 }
 

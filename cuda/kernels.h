@@ -40,9 +40,11 @@ void store(
     cudaStream_t stream);
 
 // One bin's matrix as a factor of a product: entry (row, column) lies at row * rows + column *
-// columns, conjugated or not. One of the two strides is 1.
+// columns, conjugated or not. One of the two strides is 1; the other, a number of blocks, is far
+// from 2^31.
 struct Factor {
-  int64_t rows, columns, per_bin;
+  int rows, columns;
+  int64_t per_bin;
   bool conjugate;
 };
 
@@ -73,8 +75,8 @@ void sum_parts(
 // b is a power of two, 32 to 2048; numbers are not float64. Kernel spectra are (rows, b/2) complex
 // numbers in the order of fft.h.
 struct Tile {
-  int tokens;           // in one thread block's tile
-  int64_t shared_bytes; // that it needs; at most what was asked for
+  int tokens;            // in one thread block's tile
+  int64_t shared_bytes;  // that it needs; at most what was asked for
 };
 
 constexpr int64_t kShortestFused = 32, kLongestFused = 2048;
@@ -85,10 +87,10 @@ Tile fused_tile(int64_t b, int64_t in_blocks, int64_t shared_bytes_per_block);
 struct Fused {
   int64_t b, tokens, in_blocks, out_blocks;
   Numbers in, out;
-  const void* base;      // has out's type; null: zero. It may be out.data.
-  const float2* w_hat;   // of block (o, i) at o * w_out + i * w_in, in units of b/2
+  const void* base;     // has out's type; null: zero. It may be out.data.
+  const float2* w_hat;  // of block (o, i) at o * w_out + i * w_in, in units of b/2
   int64_t w_out, w_in;
-  bool conjugate;        // the forward takes conj(w^), the input gradient w^
+  bool conjugate;  // the forward takes conj(w^), the input gradient w^
 };
 
 // out[row, slot] = factor * the spectrum of row `row` of `in`: rows * b numbers

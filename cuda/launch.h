@@ -1,5 +1,5 @@
-// How device functions are launched and CUDA's calls checked: in one place, so that a test build can
-// put something else under them by defining C3A_LAUNCH and C3A_SHARED first.
+// How device functions are launched and CUDA's calls checked: in one place, so that a test build
+// can put something else under them by defining C3A_LAUNCH and C3A_SHARED first.
 
 #pragma once
 
@@ -27,6 +27,7 @@ namespace c3a::cuda {
 
 inline void check_cuda(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // takes the error back: the next launch is not to be blamed for it
   std::ostringstream message;
   message << "c3a: " << call << " failed: " << cudaGetErrorName(error) << ", "
           << cudaGetErrorString(error);

@@ -66,15 +66,14 @@ Plan::Plan(const PlanKey& key) : key_(key) {
     check_cufft(cufftSetAutoAllocation(handle_, 0), "cufftSetAutoAllocation", key);
     const bool forward = key.type == CUFFT_R2C || key.type == CUFFT_D2Z;
     const cufftResult made =
-        forward
-            ? cufftMakePlanMany64(
-                  handle_, /* rank= */ 1, &length, &reals, /* istride= */ 1,
-                  /* idist= */ key.length, &bins, /* ostride= */ key.batch, /* odist= */ 1,
-                  key.type, key.batch, &workspace_bytes_)
-            : cufftMakePlanMany64(
-                  handle_, /* rank= */ 1, &length, &bins, /* istride= */ key.batch,
-                  /* idist= */ 1, &reals, /* ostride= */ 1, /* odist= */ key.length, key.type,
-                  key.batch, &workspace_bytes_);
+        forward ? cufftMakePlanMany64(
+                      handle_, /* rank= */ 1, &length, &reals, /* istride= */ 1,
+                      /* idist= */ key.length, &bins, /* ostride= */ key.batch, /* odist= */ 1,
+                      key.type, key.batch, &workspace_bytes_)
+                : cufftMakePlanMany64(
+                      handle_, /* rank= */ 1, &length, &bins, /* istride= */ key.batch,
+                      /* idist= */ 1, &reals, /* ostride= */ 1, /* odist= */ key.length, key.type,
+                      key.batch, &workspace_bytes_);
     check_cufft(made, "cufftMakePlanMany64", key);
   } catch (...) {
     cufftDestroy(handle_);

@@ -1,8 +1,8 @@
 // Batched real transforms by cuFFT, spectra laid out bin by bin: element k of transform t lies at
 // k * batch + t, so that one bin of all transforms is a dense matrix.
 //
-// Plans are kept: the least recently used ones beyond the capacity are dropped, but for those that a
-// CUDA graph captured, which replays what they point to.
+// Plans are kept: the least recently used ones beyond the capacity are dropped, but for those that
+// a CUDA graph captured, which replays what they point to.
 
 #pragma once
 
@@ -28,8 +28,8 @@ struct PlanKey {
   auto operator<=>(const PlanKey&) const = default;
 };
 
-// Executed by one thread at a time. The caller gives the workspace, which belongs to that execution's
-// stream; so executions on several streams do not meet.
+// Executed by one thread at a time. The caller gives the workspace, which belongs to that
+// execution's stream; so executions on several streams do not meet.
 class Plan {
  public:
   explicit Plan(const PlanKey& key);

@@ -8,11 +8,12 @@ namespace c3a::cuda {
 namespace {
 
 __device__ inline int64_t first_element() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
 }
-__device__ inline int64_t grid_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+__device__ inline int64_t grid_stride() { return static_cast<int64_t>(gridDim.x) * kThreads; }
 
-// Device functions below walk over their elements with a stride of the whole grid.
+// Device functions below walk over their elements with a stride of the whole grid, in loops that
+// are not unrolled: for that the compiler would count the turns by a division, which is a call.
 unsigned grid_for(int64_t elements) {
   constexpr int64_t kMaxGrid = 65535;
   const int64_t blocks = (elements + kThreads - 1) / kThreads;
@@ -21,10 +22,11 @@ unsigned grid_for(int64_t elements) {
 
 // Groups of 16 bytes if `aligned`, and one by one what is left.
 template <class Real, class T>
-__global__ void __launch_bounds__(kThreads)
-    load_numbers(const T* __restrict__ in, Real* __restrict__ out, int64_t size, Real factor, bool aligned) {
+__global__ void __launch_bounds__(kThreads, 1) load_numbers(
+    const T* __restrict__ in, Real* __restrict__ out, int64_t size, Real factor, bool aligned) {
   constexpr int kGroup = Group<T>::kSize, kPieces = kGroup / Group<Real>::kSize;
   const int64_t groups = aligned ? size / kGroup : 0;
+#pragma unroll 1
   for (int64_t e = first_element(); e < groups; e += grid_stride()) {
     const Group<T> from = load_group(in + e * kGroup);
 #pragma unroll
@@ -37,6 +39,7 @@ __global__ void __launch_bounds__(kThreads)
       store_group(out + e * kGroup + piece * Group<Real>::kSize, to);
     }
   }
+#pragma unroll 1
   for (int64_t e = groups * kGroup + first_element(); e < size; e += grid_stride()) {
     out[e] = widen<Real>(in[e]) * factor;
   }
@@ -48,10 +51,11 @@ __device__ inline T onto(const T* base, int64_t e, Real value) {
 }
 
 template <class T, class Real>
-__global__ void __launch_bounds__(kThreads) store_numbers(
+__global__ void __launch_bounds__(kThreads, 1) store_numbers(
     const Real* __restrict__ in, const T* base, T* out, int64_t size, Real factor, bool aligned) {
   constexpr int kGroup = Group<T>::kSize, kPieces = kGroup / Group<Real>::kSize;
   const int64_t groups = aligned ? size / kGroup : 0;
+#pragma unroll 1
   for (int64_t e = first_element(); e < groups; e += grid_stride()) {
     Group<T> to;
     if (base) to = load_group(base + e * kGroup);
@@ -66,6 +70,7 @@ __global__ void __launch_bounds__(kThreads) store_numbers(
     }
     store_group(out + e * kGroup, to);
   }
+#pragma unroll 1
   for (int64_t e = groups * kGroup + first_element(); e < size; e += grid_stride()) {
     out[e] = onto(base, e, in[e] * factor);
   }
@@ -87,26 +92,27 @@ using Many = Tiling<64, 32, 4, 2>;   // many rows, many columns
 using Narrow = Tiling<64, 8, 2, 1>;  // many rows, up to 8 columns
 using Few = Tiling<16, 16, 1, 1>;    // few rows: kernel gradients
 
-// Entries (s, x) of one factor into shared memory, tile[s * kRow + x]; zeros beyond its edges.
-// Neighbouring threads take neighbours in memory.
+// Entries (s, x) of one factor's tile, which begins at `from`, into shared memory, tile[s * kRow +
+// x]; zeros from left_x and left_s on. Neighbouring threads take neighbours in memory.
 template <int kExtent, int kTerms, int kRow, class Entry>
 __device__ inline void fetch(
-    Entry* tile, const Entry* from, int64_t stride_x, int64_t stride_s, bool conjugate,
-    int64_t first_x, int64_t extent, int64_t first_s, int64_t terms) {
-  for (int e = threadIdx.x; e < kExtent * kTerms; e += kThreads) {
+    Entry* tile, const Entry* from, int stride_x, int stride_s, bool conjugate, int64_t left_x,
+    int64_t left_s) {
+#pragma unroll
+  for (int begin = 0; begin < kExtent * kTerms; begin += kThreads) {
+    const int e = begin + threadIdx.x;
+    if (kExtent * kTerms < kThreads && e >= kExtent * kTerms) break;
     const int x = stride_x == 1 ? e % kExtent : e / kTerms;
     const int s = stride_x == 1 ? e / kExtent : e % kTerms;
     Entry value{0, 0};
-    if (first_x + x < extent && first_s + s < terms) {
-      value = from[(first_x + x) * stride_x + (first_s + s) * stride_s];
-    }
+    if (x < left_x && s < left_s) value = from[x * stride_x + s * stride_s];
     if (conjugate) value.y = -value.y;
     tile[s * kRow + x] = value;
   }
 }
 
 template <class Real, class Tiling>
-__global__ void __launch_bounds__(kThreads) product_of_bins(
+__global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 2 : 1) product_of_bins(
     const Complex<Real>* __restrict__ a, Factor fa, const Complex<Real>* __restrict__ b, Factor fb,
     Complex<Real>* __restrict__ out, Sizes sizes, unsigned parts, int64_t terms_per_part) {
   using Entry = Complex<Real>;
@@ -125,15 +131,15 @@ __global__ void __launch_bounds__(kThreads) product_of_bins(
     Entry sums[R][C] = {};
     for (int64_t s = begin; s < end; s += Tiling::kTerms) {
       fetch<Tiling::kRows, Tiling::kTerms, Tiling::kARow>(
-          a_tile, a + k * fa.per_bin, fa.rows, fa.columns, fa.conjugate, first_row, sizes.rows, s,
-          end);
+          a_tile, a + k * fa.per_bin + first_row * fa.rows + s * fa.columns, fa.rows, fa.columns,
+          fa.conjugate, sizes.rows - first_row, end - s);
       fetch<Tiling::kColumns, Tiling::kTerms, Tiling::kBRow>(
-          b_tile, b + k * fb.per_bin, fb.columns, fb.rows, fb.conjugate, first_column,
-          sizes.columns, s, end);
+          b_tile, b + k * fb.per_bin + first_column * fb.columns + s * fb.rows, fb.columns, fb.rows,
+          fb.conjugate, sizes.columns - first_column, end - s);
       __syncthreads();
       // Summed tile by tile first: errors grow with the tiles, not with the terms.
       Entry terms[R][C] = {};
-#pragma unroll
+#pragma unroll 4
       for (int t = 0; t < Tiling::kTerms; ++t) {
         Entry p[R], q[C];
 #pragma unroll
@@ -177,8 +183,9 @@ __global__ void __launch_bounds__(kThreads) product_of_bins(
 }
 
 template <class Entry>
-__global__ void __launch_bounds__(kThreads) sum_of_parts(
+__global__ void __launch_bounds__(kThreads, 1) sum_of_parts(
     const Entry* __restrict__ in, Entry* out, int64_t size, int64_t parts, bool accumulate) {
+#pragma unroll 1
   for (int64_t e = first_element(); e < size; e += grid_stride()) {
     Entry sum = accumulate ? out[e] : Entry{0, 0};
     for (int64_t part = 0; part < parts; ++part) {
@@ -234,8 +241,8 @@ void store(
     using T = std::remove_pointer_t<decltype(type)>;
     const bool aligned = is_aligned(in) && is_aligned(out.data) && is_aligned(base);
     C3A_LAUNCH(
-        (store_numbers<T, Real>), grid_for(ceil_div(size, Group<T>::kSize)), kThreads, 0, stream, in,
-        static_cast<const T*>(base), static_cast<T*>(out.data), size, factor, aligned);
+        (store_numbers<T, Real>), grid_for(ceil_div(size, Group<T>::kSize)), kThreads, 0, stream,
+        in, static_cast<const T*>(base), static_cast<T*>(out.data), size, factor, aligned);
   });
 }
 
@@ -277,13 +284,13 @@ void sum_parts(
       accumulate);
 }
 
-#define C3A_INSTANTIATE(Real)                                                                     \
-  template void load(const Numbers&, Real*, int64_t, Real, cudaStream_t);                         \
-  template void store(const Real*, const void*, const Numbers&, int64_t, Real, cudaStream_t);     \
-  template void product<Real>(                                                                    \
-      const Complex<Real>*, const Factor&, const Complex<Real>*, const Factor&, Complex<Real>*,   \
-      const Sizes&, int64_t, cudaStream_t);                                                       \
-  template void sum_parts<Real>(                                                                  \
+#define C3A_INSTANTIATE(Real)                                                                   \
+  template void load(const Numbers&, Real*, int64_t, Real, cudaStream_t);                       \
+  template void store(const Real*, const void*, const Numbers&, int64_t, Real, cudaStream_t);   \
+  template void product<Real>(                                                                  \
+      const Complex<Real>*, const Factor&, const Complex<Real>*, const Factor&, Complex<Real>*, \
+      const Sizes&, int64_t, cudaStream_t);                                                     \
+  template void sum_parts<Real>(                                                                \
       const Complex<Real>*, Complex<Real>*, int64_t, int64_t, bool, cudaStream_t)
 
 C3A_INSTANTIATE(float);

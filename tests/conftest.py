@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -14,3 +16,13 @@ def device(request) -> torch.device:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def temporaries_start_as_nan():
+    """On the emulated machine, so that numbers that were never written are seen."""
+    if "C3A_EMULATED" in os.environ:
+        torch.use_deterministic_algorithms(True)
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -29,9 +29,9 @@ thread_local cudaStream_t stream = nullptr;
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
-#define C3A_MAY_FAIL(call)                              \
-  if (const int code = planned_failure(call)) {         \
-    return fail(static_cast<cudaError_t>(code));        \
+#define C3A_MAY_FAIL(call)                       \
+  if (const int code = planned_failure(call)) {  \
+    return fail(static_cast<cudaError_t>(code)); \
   }
 
 }  // namespace
@@ -81,7 +81,8 @@ size_t allowed_shared_bytes(const void* function) {
   constexpr int kAlways = 48 << 10;
   const std::lock_guard lock(mutex);
   const auto limit = shared_limits.find(function);
-  return static_cast<size_t>(limit == shared_limits.end() ? kAlways : std::max(kAlways, limit->second));
+  return static_cast<size_t>(
+      limit == shared_limits.end() ? kAlways : std::max(kAlways, limit->second));
 }
 
 void set_error(cudaError_t error) { last_error = error; }

@@ -1,4 +1,5 @@
-// The emulated machine, shared by the doubles of this folder: two devices whose memory is the host's.
+// The emulated machine, shared by the doubles of this folder: two devices whose memory is the
+// host's.
 
 #pragma once
 
@@ -27,9 +28,9 @@ bool is_capturing(cudaStream_t stream);
 // Dies unless `stream` is the current one, and of the current device.
 void check_stream(const std::string& what, cudaStream_t stream);
 
-int shared_bytes_per_block();              // what a device has
+int shared_bytes_per_block();  // what a device has
 size_t allowed_shared_bytes(const void* function);
-void set_error(cudaError_t error);         // for cudaGetLastError
-void note(const std::string& event);       // for the test's log
+void set_error(cudaError_t error);    // for cudaGetLastError
+void note(const std::string& event);  // for the test's log
 
 }  // namespace c3a::emulation

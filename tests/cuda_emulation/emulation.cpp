@@ -88,8 +88,7 @@ c3a_emulation_switch:
 // `ordered`: what the one did so far happens before what the other does next.
 void change(Fiber& from, Fiber& to, [[maybe_unused]] bool ordered) {
 #if defined(C3A_EMULATION_THREAD_SANITIZER)
-  __tsan_switch_to_fiber(
-      to.thread_sanitizer, ordered ? 0 : __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(to.thread_sanitizer, ordered ? 0 : __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(C3A_EMULATION_ADDRESS_SANITIZER)
   __sanitizer_start_switch_fiber(
@@ -148,8 +147,7 @@ void run_thread_block(int threads, std::minstd_rand& random, bool shuffled) {
     order[t] = t;
     start(fibers[t]);
     const dim3 size = running.block_size;
-    fibers[t].thread_index =
-        dim3(t % size.x, t / size.x % size.y, t / (size.x * size.y));
+    fibers[t].thread_index = dim3(t % size.x, t / size.x % size.y, t / (size.x * size.y));
   }
   bool first = true;
   for (int left = threads; left > 0; first = false) {
@@ -218,7 +216,7 @@ void launch(
   if (!right_threads || !right_grid) return set_error(cudaErrorInvalidConfiguration);
   if (shared_bytes > allowed_shared_bytes(function)) return set_error(cudaErrorInvalidValue);
   check_stream(std::string("launch of ") + name, stream);
-  note(name);
+  note(std::string(name) + " " + std::to_string(grid.x) + " x " + std::to_string(grid.y));
 
   const std::lock_guard lock(one_launch_at_a_time);
   static const char* const seed = std::getenv("C3A_EMULATION_SEED");

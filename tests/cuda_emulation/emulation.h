@@ -1,6 +1,6 @@
 // CUDA device code on the CPU, for tests: included before every .cu file when g++ compiles it. Each
-// CUDA thread is a fiber with a stack of its own; a barrier switches to the next one. The threads of
-// a thread block run in an order that C3A_EMULATION_SEED permutes; thread blocks run one after
+// CUDA thread is a fiber with a stack of its own; a barrier switches to the next one. The threads
+// of a thread block run in an order that C3A_EMULATION_SEED permutes; thread blocks run one after
 // another. Shared memory starts as NaNs and has exactly the size that the launch asked for.
 //
 // Not seen this way: races between thread blocks, the order of streams, time.
@@ -57,8 +57,7 @@ void launch(
 
 #define C3A_EMULATION_TEXT_(x) #x
 #define C3A_EMULATION_TEXT(x) C3A_EMULATION_TEXT_(x)
-#define __syncthreads() \
-  ::c3a::emulation::barrier(__FILE__ ":" C3A_EMULATION_TEXT(__LINE__))
+#define __syncthreads() ::c3a::emulation::barrier(__FILE__ ":" C3A_EMULATION_TEXT(__LINE__))
 
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 inline unsigned __brev(unsigned value) {
@@ -67,11 +66,13 @@ inline unsigned __brev(unsigned value) {
   return reversed;
 }
 
+inline void __stwb(uint4* p, uint4 value) { *p = value; }
+
 #define C3A_SHARED(T, name) \
   T* const name = reinterpret_cast<T*>(::c3a::emulation::running.shared_memory)
-#define C3A_LAUNCH(function, grid, threads, shared_bytes, stream, ...)                         \
-  do {                                                                                         \
-    ::c3a::emulation::launch(                                                                  \
-        #function, (function), (grid), (threads), (shared_bytes), (stream), __VA_ARGS__);      \
-    ::c3a::cuda::check_cuda(cudaGetLastError(), "launch of " #function);                       \
+#define C3A_LAUNCH(function, grid, threads, shared_bytes, stream, ...)                    \
+  do {                                                                                    \
+    ::c3a::emulation::launch(                                                             \
+        #function, (function), (grid), (threads), (shared_bytes), (stream), __VA_ARGS__); \
+    ::c3a::cuda::check_cuda(cudaGetLastError(), "launch of " #function);                  \
   } while (0)

@@ -1,0 +1,579 @@
+"""The CUDA library's two paths, its plan cache, its limits and errors.
+
+On a GPU with ``--device cuda``; elsewhere on the emulated machine of ``tests/cuda_emulation``
+(``make emulated``), where more can be asked: other devices, failing calls, captured streams.
+"""
+
+import ctypes
+import os
+import threading
+
+import pytest
+import torch
+
+import c3a
+from c3a import _library
+from cases import DTYPES, TOLERANCE, operands, relative_error
+from test_operator import dense_results
+
+_C = pytest.importorskip("c3a._C", reason="built with C3A_PYBIND=OFF")
+OPS = torch.ops.c3a
+LENGTHS = [32, 64, 128, 256, 512, 1024, 2048]
+
+
+def _has_cuda_library() -> bool:
+    try:
+        _C.cuda_path()
+    except RuntimeError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not _has_cuda_library(), reason="needs the CUDA library, loaded")
+
+
+@pytest.fixture(autouse=True)
+def on_the_librarys_device(device):
+    if "C3A_EMULATED" not in os.environ and device.type != "cuda":
+        pytest.skip("needs --device cuda")
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """Leaves the library's settings as they were."""
+    path, limit = _C.cuda_path(), _C.cuda_temporary_limit()
+    capacity = _C.cuda_plan_cache()["capacity"]
+    yield
+    _C.set_cuda_path(path)
+    _C.set_cuda_temporary_limit(limit)
+    _C.set_cuda_plan_cache_capacity(capacity)
+
+
+class Machine:
+    """The emulated machine, by its library's functions."""
+
+    def __init__(self):
+        preloaded = ctypes.CDLL(None)
+        has = hasattr(preloaded, "c3a_emulation_events")
+        self._library = preloaded if has else ctypes.CDLL(_library._libraries("libc3a_cpu.so")[0])
+        self._library.c3a_emulation_events.restype = ctypes.c_char_p
+
+    def events(self) -> list[str]:
+        """Return the launches and executions of cuFFT since the last call."""
+        return self._library.c3a_emulation_events().decode().split("\n")[:-1]
+
+    def fail(self, call: str, code: int) -> None:
+        """Let the next call of that name return ``code``."""
+        self._library.c3a_emulation_fail(call.encode(), code)
+
+    def use(self, device: int = 0, stream: int = 0) -> None:
+        self._library.c3a_emulation_use(device, stream)
+
+    def capture(self, on: bool) -> None:
+        self._library.c3a_emulation_capture(int(on))
+
+    def be(self, capability: int = 90, shared_kib: int = 227, has_code: bool = True) -> None:
+        self._library.c3a_emulation_device(capability, shared_kib << 10, int(has_code))
+
+
+@pytest.fixture
+def machine():
+    if "C3A_EMULATED" not in os.environ:
+        pytest.skip("needs the emulated machine")
+    machine = Machine()
+    machine.events()
+    yield machine
+    machine.use()
+    machine.be()
+
+
+def every_product(x, w, g):
+    """y, dx, dw, base + y with g for the base, and the same in place."""
+    in_place = g.clone()
+    OPS.block_circ_conv_add_(in_place, x, w)
+    dx, dw = OPS.block_circ_conv_backward(g, x, w)
+    return [OPS.block_circ_conv(x, w), dx, dw, OPS.block_circ_conv_add(g, x, w), in_place]
+
+
+def expected_products(x, w, g):
+    y, dx, dw = dense_results(x, w, g)
+    return [y, dx, dw, y + g.double().cpu(), y + g.double().cpu()]
+
+
+def assert_right(x, w, g):
+    for got, expected in zip(every_product(x, w, g), expected_products(x, w, g), strict=True):
+        assert got.dtype == x.dtype
+        assert relative_error(got.cpu(), expected) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("path", ["fused", "cufft"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("b", LENGTHS)
+def test_both_paths_are_right_for_every_length_of_the_fused_one(b, dtype, path, device):
+    _C.set_cuda_path(path)
+    m, n = (2, 3) if b < 512 else (1, 2)
+    assert_right(*operands((5,), m, n, b, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 7, 8, 9, 17])
+@pytest.mark.parametrize("shared_kib", [227, 40])  # tiles of 8 and of 4 tokens
+def test_the_fused_path_is_right_for_every_number_of_tokens(tokens, shared_kib, device, machine):
+    _C.set_cuda_path("fused")
+    machine.be(shared_kib=shared_kib)
+    x, w, g = operands((tokens,), 2, 9, 64, dtype=torch.float32, device=device)
+    OPS.block_circ_conv(x, w)
+    tile = 8 if shared_kib == 227 else 4
+    (launch,) = [event for event in machine.events() if "convolve" in event]
+    assert f"{-(-tokens // tile)} x" in launch
+    assert_right(x, w, g)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 40), (33, 1), (5, 18), (17, 3)])
+def test_the_fused_path_is_right_for_any_number_of_blocks(m, n, device):
+    _C.set_cuda_path("fused")
+    assert_right(*operands((9,), m, n, 32, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize("path", ["fused", "cufft"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_memory_need_not_be_aligned(shift, dtype, path, device):
+    """Results of single operators are new and aligned; in place, the base itself is shifted."""
+    _C.set_cuda_path(path)
+
+    def shifted(t):
+        memory = torch.empty(t.numel() + shift, dtype=t.dtype, device=t.device)
+        memory[shift:] = t.flatten()
+        return memory[shift:].view(t.shape)
+
+    x, w, g = operands((5,), 2, 3, 32, dtype=dtype, device=device)
+    x_s, w_s, g_s = shifted(x), shifted(w), shifted(g)
+    assert all(t.data_ptr() % 16 for t in (x_s, w_s, g_s))
+    results = every_product(x_s, w_s, g_s)
+    OPS.block_circ_conv_add_(g_s, x_s, w_s)
+    expected = expected_products(x, w, g)
+    for got, exact in zip([*results, g_s], [*expected, expected[-1]], strict=True):
+        assert relative_error(got.cpu(), exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("base_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x_dtype", DTYPES[1:], ids=str)
+def test_the_base_may_have_another_dtype(base_dtype, x_dtype, device):
+    x, w, g = operands((5,), 2, 3, 64, device=device)
+    x, w, base = x.to(x_dtype), w.float(), g.to(base_dtype)
+    got = OPS.block_circ_conv_add(base, x, w)
+    exact = dense_results(x, w, base)[0] + base.double().cpu()
+    assert got.dtype == base_dtype
+    assert relative_error(got.cpu(), exact) < TOLERANCE[base_dtype]
+
+
+@pytest.mark.parametrize("b", [6, 7, 32, 64])
+@pytest.mark.parametrize("path", ["fused", "cufft"])
+def test_a_tokens_result_has_the_same_bits_in_any_batch(b, path, device):
+    _C.set_cuda_path(path)
+    x, w, g = operands((21,), 3, 2, b, dtype=torch.float32, device=device)
+    y, dx = OPS.block_circ_conv(x, w), OPS.block_circ_conv_input_grad(g, w)
+    for t in (0, 7, 8, 20):
+        assert torch.equal(OPS.block_circ_conv(x[t], w), y[t])
+        assert torch.equal(OPS.block_circ_conv_input_grad(g[t], w), dx[t])
+
+
+def test_a_thread_block_goes_through_several_groups_of_output_blocks(device):
+    """Enough tiles of tokens that groups of output blocks do not get thread blocks of their own."""
+    _C.set_cuda_path("fused")
+    assert_right(*operands((60,), 5, 1, 512, dtype=torch.float32, device=device))
+
+
+# Every device function, as small as it can be: for the slowest of the sanitizers.
+@pytest.mark.parametrize(
+    ("path", "tokens", "m", "n", "b"),
+    [
+        *[("fused", 9, 2, 1, b) for b in (32, 64, 256)],
+        ("fused", 70, 3, 1, 512),  # several groups of output blocks in a thread block
+        ("cufft", 3, 2, 2, 2),
+        ("cufft", 40, 2, 9, 2),  # long tiles: narrow for the forward, wide for the input gradient
+        ("cufft", 160, 2, 2, 2),  # a cut sum
+    ],
+)
+def test_tiny_shapes_through_every_device_function(path, tokens, m, n, b, device):
+    _C.set_cuda_path(path)
+    x, w, g = operands((tokens,), m, n, b, dtype=torch.float32, device=device)
+    y, dx, dw = dense_results(x, w, g)
+    for got, expected in (
+        (OPS.block_circ_conv(x, w), y),
+        (OPS.block_circ_conv_input_grad(g, w), dx),
+        (OPS.block_circ_conv_kernel_grad(g, x, b) if path == "cufft" else dw, dw),
+    ):
+        assert relative_error(got.cpu(), expected) < TOLERANCE[torch.float32]
+
+
+def test_what_is_not_finite_stays_in_its_token(device):
+    x, w, _ = operands((9,), 2, 3, 64, dtype=torch.float32, device=device)
+    expected = OPS.block_circ_conv(x, w)
+    x[4, 17] = float("nan")
+    got = OPS.block_circ_conv(x, w)
+    others = [t for t in range(9) if t != 4]
+    assert torch.equal(got[others], expected[others])
+    assert got[4].isnan().any()
+
+
+@pytest.mark.parametrize("b", [6, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_chunks_of_tokens_give_the_same_results(b, dtype, device):
+    _C.set_cuda_path("cufft")
+    x, w, g = operands((23,), 2, 3, b, dtype=dtype, device=device)
+    whole = every_product(x, w, g)
+    # Room for the spectra of both sides, twice, of five tokens: chunks of 5, 5, 5, 5 and 3.
+    complex_bytes = 16 if dtype == torch.float64 else 8
+    _C.set_cuda_temporary_limit(5 * 2 * (2 + 3) * (b // 2 + 1) * complex_bytes)
+    for i, (got, exact) in enumerate(zip(every_product(x, w, g), whole, strict=True)):
+        # All but the kernel gradient in the same bits; that is summed chunk by chunk.
+        assert torch.equal(got, exact) or (i == 2 and relative_error(got, exact) < TOLERANCE[dtype])
+
+
+def test_the_limit_decides_how_many_chunks_there_are(device, machine):
+    _C.set_cuda_path("cufft")
+    x, w, _ = operands((23,), 2, 3, 6, dtype=torch.bfloat16, device=device)
+
+    def transforms():
+        machine.events()
+        OPS.block_circ_conv(x, w)
+        return sum("cufftExecR2C" in event for event in machine.events())
+
+    assert transforms() == 1 + 1  # the kernel's and the activations'
+    per_token = 2 * (2 + 3) * 4 * 8
+    for tokens, chunks in ((12, 2), (11, 3), (5, 5), (1, 23)):
+        _C.set_cuda_temporary_limit(tokens * per_token)
+        assert transforms() == 1 + chunks
+    _C.set_cuda_temporary_limit(1)
+    assert transforms() == 1 + 23
+
+
+@pytest.mark.parametrize("shape", [((700,), 2, 3, 6), ((300,), 1, 1, 64), ((129,), 20, 33, 2)])
+def test_the_kernel_gradient_is_right_and_deterministic_when_its_sums_are_cut(shape, device):
+    x, w, g = operands(*shape, dtype=torch.float32, device=device)
+    b = w.shape[-1]
+    results = [OPS.block_circ_conv_kernel_grad(g, x, b) for _ in range(3)]
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert relative_error(results[0].cpu(), dense_results(x, w, g)[2]) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("m", "n", "tokens"), [(32, 33, 32), (40, 32, 33), (31, 40, 40)])
+def test_large_products_by_cublas_are_right(m, n, tokens, device):
+    _C.set_cuda_path("cufft")
+    for dtype in (torch.float64, torch.float32):
+        assert_right(*operands((tokens,), m, n, 4, dtype=dtype, device=device))
+
+
+# Which path
+
+
+def launched(machine, *arguments) -> str:
+    machine.events()
+    OPS.block_circ_conv(*arguments)
+    events = " ".join(machine.events())
+    return "fused" if "convolve" in events else "cufft" if "cufftExec" in events else events
+
+
+def test_the_path_follows_the_rule(device, machine):
+    def path(tokens, m, n, b, dtype=torch.float32):
+        return launched(machine, *operands((tokens,), m, n, b, dtype=dtype, device=device)[:2])
+
+    assert path(2, 1, 2, 64) == "fused"
+    assert path(2, 1, 2, 64, torch.bfloat16) == "fused"
+    assert path(2, 1, 2, 64, torch.float64) == "cufft"
+    assert path(2, 1, 2, 96) == "cufft"
+    assert path(2, 1, 2, 16) == "cufft"
+    assert path(2, 1, 1, 4096) == "cufft"
+    machine.be(shared_kib=64)
+    assert path(2, 1, 10, 256) == "fused"
+    assert path(2, 1, 20, 256) == "cufft"  # no tile fits
+    # With tiles of 4, kernel spectra that pass through the cache too often: 2 m n > 128 (m + n)
+    assert path(8, 15, 60, 32) == "fused"
+
+
+def test_paths_can_be_forced_and_names_are_checked(device, machine):
+    x, w, _ = operands((2,), 1, 2, 64, dtype=torch.float32, device=device)
+    for path in ("fused", "cufft", "auto"):
+        _C.set_cuda_path(path)
+        assert _C.cuda_path() == path
+        assert launched(machine, x, w) == ("cufft" if path == "cufft" else "fused")
+    with pytest.raises(RuntimeError, match="expected the CUDA path auto, fused or cufft, got fast"):
+        _C.set_cuda_path("fast")
+    assert _C.cuda_path() == "auto"
+
+
+# The plan cache
+
+
+def run_cufft(tokens, b, device, dtype=torch.float32):
+    x, w, _ = operands((tokens,), 1, 1, b, dtype=dtype, device=device)
+    return OPS.block_circ_conv(x, w)
+
+
+def kept() -> set[tuple]:
+    plans = _C.cuda_plan_cache()["plans"]
+    return {(p["length"], p["batch"], p["transform"]) for p in plans}
+
+
+def test_plans_are_kept_by_length_batch_and_type(device):
+    _C.set_cuda_path("cufft")
+    _C.clear_cuda_plan_cache()
+    before = _C.cuda_plan_cache()
+    run_cufft(3, 6, device)
+    # The kernel, one transform, the activations, three, and those back.
+    assert kept() == {(6, 1, "R2C"), (6, 3, "R2C"), (6, 3, "C2R")}
+    run_cufft(3, 6, device)
+    cache = _C.cuda_plan_cache()
+    assert cache["misses"] - before["misses"] == 3
+    assert cache["hits"] - before["hits"] == 3
+    run_cufft(3, 6, device, torch.float64)
+    run_cufft(3, 7, device)
+    assert len(kept()) == 9
+    _C.clear_cuda_plan_cache()
+    assert kept() == set()
+
+
+def test_the_least_recently_used_plans_are_dropped(device):
+    _C.set_cuda_path("cufft")
+    _C.clear_cuda_plan_cache()
+    _C.set_cuda_plan_cache_capacity(6)
+    for b in (5, 6):
+        run_cufft(2, b, device)
+    run_cufft(2, 5, device)
+    run_cufft(2, 7, device)
+    assert {length for length, _, _ in kept()} == {5, 7}
+    _C.set_cuda_plan_cache_capacity(2)
+    assert len(kept()) == 2
+    x, w, g = operands((2,), 1, 1, 9, dtype=torch.float32, device=device)
+    assert_right(x, w, g)  # more plans than room
+    for wrong in (0, -1):
+        with pytest.raises(RuntimeError, match=f"capacity >= 1, got {wrong}"):
+            _C.set_cuda_plan_cache_capacity(wrong)
+        with pytest.raises(RuntimeError, match=f"a limit in bytes >= 1, got {wrong}"):
+            _C.set_cuda_temporary_limit(wrong)
+
+
+def test_threads_share_the_cache(device):
+    """Many threads, few plans, constant eviction: every result right, no plan used by two."""
+    _C.set_cuda_path("cufft")
+    _C.set_cuda_plan_cache_capacity(3)
+    cases = [
+        operands((t,), 2, 1, b, dtype=torch.float32, device=device)
+        for t, b in ((2, 5), (3, 6), (2, 7), (2, 6))
+    ]
+    expected = [OPS.block_circ_conv(x, w) for x, w, _ in cases]
+    wrong = []
+
+    def work(seed):
+        for i in range(8):
+            case = (seed + i) % len(cases)
+            x, w, _ = cases[case]
+            if not torch.equal(OPS.block_circ_conv(x, w), expected[case]):
+                wrong.append(case)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(kept()) <= 3
+
+
+def test_a_plan_that_a_graph_captured_is_never_dropped(device, machine):
+    _C.set_cuda_path("cufft")
+    _C.clear_cuda_plan_cache()
+    machine.use(stream=1)
+    expected = run_cufft(2, 11, device)
+    machine.use(stream=2)
+    machine.capture(True)
+    try:
+        assert torch.equal(run_cufft(2, 11, device), expected)
+        with pytest.raises(
+            RuntimeError,
+            match=r"plan for 1 R2C transforms of length 10 on cuda:0 is "
+            r"needed while a CUDA graph is captured.*run the operator once",
+        ):
+            run_cufft(2, 10, device)
+    finally:
+        machine.capture(False)
+    captured = kept()
+    assert all(plan["captured"] for plan in _C.cuda_plan_cache()["plans"])
+    _C.set_cuda_plan_cache_capacity(1)
+    run_cufft(2, 10, device)
+    assert captured <= kept()
+    _C.clear_cuda_plan_cache()
+    assert kept() == captured
+
+
+def test_plans_belong_to_their_device(device, machine):
+    _C.set_cuda_path("cufft")
+    _C.clear_cuda_plan_cache()
+    for which in (0, 1):
+        machine.use(device=which)
+        run_cufft(2, 6, device)
+    plans = _C.cuda_plan_cache()["plans"]
+    devices = [plan["device"] for plan in plans if plan["length"] == 6]
+    assert sorted(devices) == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("path", ["fused", "cufft"])
+def test_everything_is_enqueued_on_the_current_stream_of_the_current_device(path, device, machine):
+    """The emulated machine stops the process at work on any other stream."""
+    _C.set_cuda_path(path)
+    case = operands((5,), 2, 3, 64, dtype=torch.bfloat16, device=device)
+    for which in (0, 1):
+        for stream in (1, 2, 1, 0):
+            machine.use(device=which, stream=stream)
+            assert_right(*case)
+
+
+# Errors
+
+CUFFT_FAILURES = [
+    ("cufftCreate", 5, "CUFFT_INTERNAL_ERROR"),
+    ("cufftSetAutoAllocation", 1, "CUFFT_INVALID_PLAN"),
+    ("cufftMakePlanMany64", 2, "CUFFT_ALLOC_FAILED"),
+    ("cufftSetStream", 1, "CUFFT_INVALID_PLAN"),
+    ("cufftSetWorkArea", 4, "CUFFT_INVALID_VALUE"),
+    ("cufftExecR2C", 6, "CUFFT_EXEC_FAILED"),
+    ("cufftExecC2R", 99, "an unknown cuFFT error"),
+]
+
+
+@pytest.mark.parametrize(("call", "code", "name"), CUFFT_FAILURES)
+def test_an_error_of_cufft_is_named_and_nothing_is_broken_by_it(call, code, name, device, machine):
+    _C.set_cuda_path("cufft")
+    _C.clear_cuda_plan_cache()
+    machine.fail(call, code)
+    shown = "cufftExec" if call.startswith("cufftExec") else call
+    with pytest.raises(
+        RuntimeError,
+        match=rf"c3a: {shown} failed for \d .* transforms of length 6 "
+        rf"on cuda:0: {name}",
+    ):
+        run_cufft(2, 6, device)
+    assert_right(*operands((2,), 1, 1, 6, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize(
+    ("path", "call"),
+    [
+        ("cufft", "cudaStreamIsCapturing"),
+        ("cufft", "launch"),
+        ("fused", "launch"),
+        ("fused", "cudaFuncSetAttribute"),
+    ],
+)
+def test_an_error_of_cuda_is_named_and_nothing_is_broken_by_it(path, call, device, machine):
+    _C.set_cuda_path(path)
+    case = operands((2,), 1, 30, 64, dtype=torch.bfloat16, device=device)
+    machine.fail(call, 2)
+    with pytest.raises(RuntimeError, match=rf"c3a: {call}.* failed: cudaErrorMemoryAllocation"):
+        OPS.block_circ_conv(*case[:2])
+    assert_right(*case)
+
+
+@pytest.mark.parametrize("facts", [{"capability": 70}, {"capability": 110, "has_code": False}])
+def test_an_unsupported_device_is_named(facts, device, machine):
+    machine.be(**facts)
+    machine.use(device=1)
+    capability = facts["capability"] / 10
+    with pytest.raises(
+        RuntimeError,
+        match=rf"cuda:1 has compute capability {capability}, and this "
+        "build of the CUDA library has code for .*: use a build for that device",
+    ):
+        run_cufft(2, 6, device)
+
+
+def test_settings_start_from_the_environment(device):
+    import subprocess
+    import sys
+
+    code = (
+        "from c3a import _C; print(_C.cuda_path(), _C.cuda_temporary_limit(), end=' ');"
+        "print(_C.cuda_plan_cache()['capacity'])"
+    )
+    settings = {"C3A_CUDA_PATH": "cufft", "C3A_CUDA_TEMPORARY_MIB": "3", "C3A_CUDA_PLANS": "7"}
+
+    def run(**environment):
+        return subprocess.run(
+            [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", "import c3a;" + code],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    assert run(**settings).stdout.split() == ["cufft", str(3 << 20), "7"]
+    wrong = run(C3A_CUDA_PATH="fast")
+    assert wrong.returncode != 0
+    assert "expected the CUDA path auto, fused or cufft, got fast" in wrong.stderr
+
+
+# What only a GPU has
+
+
+@pytest.fixture
+def gpu(device):
+    if device.type != "cuda" or "C3A_EMULATED" in os.environ:
+        pytest.skip("needs a GPU")
+    return device
+
+
+@pytest.mark.parametrize("path", ["fused", "cufft"])
+def test_a_captured_graph_replays_forward_and_backward(path, gpu):
+    _C.set_cuda_path(path)
+    x, w, g = operands((64,), 3, 2, 128, dtype=torch.float32, device=gpu)
+    x.requires_grad_()
+    w.requires_grad_()
+
+    def step():
+        y = c3a.block_circ_conv(x, w)
+        return y, *torch.autograd.grad(y, (x, w), g)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for got, expected in zip(results, step(), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_streams_run_side_by_side(gpu):
+    case = operands((256,), 3, 2, 96, dtype=torch.float32, device=gpu)
+    expected = OPS.block_circ_conv(*case[:2])
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(OPS.block_circ_conv(*case[:2]))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_temporaries_stay_within_the_limit(gpu):
+    _C.set_cuda_path("cufft")
+    x, w, g = operands((8192,), 4, 4, 96, dtype=torch.bfloat16, device=gpu)
+    limit = 8 << 20
+    _C.set_cuda_temporary_limit(limit)
+    OPS.block_circ_conv_backward(g, x, w)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = OPS.block_circ_conv_backward(g, x, w)
+    torch.cuda.synchronize()
+    held = sum(t.numel() * t.element_size() for t in results)
+    assert torch.cuda.max_memory_allocated() - before - held < 2 * limit
