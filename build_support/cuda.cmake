@@ -1,14 +1,11 @@
-# The CUDA library, where nvcc and cufft.h are found. cufft.h comes with the toolkit or with the
-# wheel nvidia-cufft that a CUDA torch brings along (site-packages/nvidia/cu13/include).
+# The CUDA library, where nvcc and cufft.h are found.
 
 set(C3A_CUDA_FACTS "")
 set(_want_cuda OFF)
 if(NOT C3A_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
-  find_path(C3A_CUFFT_INCLUDE cufft.h
-    HINTS "${C3A_TORCH_ROOT}/../nvidia/cu13/include" /usr/local/cuda/include
-    PATH_SUFFIXES targets/x86_64-linux/include)
+  include(build_support/cufft.cmake)
   set(_nvcc_version "none")
   if(CMAKE_CUDA_COMPILER)
     execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE _nvcc_version)

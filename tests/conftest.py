@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+import c3a  # noqa: F401 - it defines the operators
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="the device that operators run on")
@@ -11,6 +13,13 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def device(request) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def default_device(device):
+    """Tensors and modules that a test makes are on the device."""
+    with device:
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -363,21 +363,21 @@ def test_threads_share_the_cache(device):
         for t, b in ((2, 5), (3, 6), (2, 7), (2, 6))
     ]
     expected = [OPS.block_circ_conv(x, w) for x, w, _ in cases]
-    wrong = []
+    results = []
 
     def work(seed):
         for i in range(8):
             case = (seed + i) % len(cases)
             x, w, _ = cases[case]
-            if not torch.equal(OPS.block_circ_conv(x, w), expected[case]):
-                wrong.append(case)
+            results.append((case, OPS.block_circ_conv(x, w)))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert len(results) == 4 * 8
+    assert all(torch.equal(result, expected[case]) for case, result in results)
     assert len(kept()) <= 3
 
 

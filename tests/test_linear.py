@@ -12,6 +12,8 @@ import c3a
 from c3a.memory import saved_for_backward
 from cases import relative_error
 
+pytestmark = pytest.mark.usefixtures("default_device")
+
 
 def adapted(in_features=12, out_features=8, block_size=4, base_dtype=torch.float32, **options):
     options.setdefault("init", "gaussian")
@@ -92,11 +94,11 @@ def test_saves_nothing_but_its_input_and_the_kernel(dtype):
     assert saved.total == of_base.total == x.nbytes
 
 
-def test_saves_the_same_input_for_siblings_under_autocast():
+def test_saves_the_same_input_for_siblings_under_autocast(device):
     query, key = adapted(256, 256, 32), adapted(256, 256, 32)
     x = torch.randn(64, 256, requires_grad=True)
     siblings = nn.ModuleList([query, key])
-    with torch.autocast("cpu", torch.bfloat16), saved_for_backward(siblings) as saved:
+    with torch.autocast(device.type, torch.bfloat16), saved_for_backward(siblings) as saved:
         y = query(x) + key(x)
     base_copies = 2 * query.base_layer.weight.nbytes // 2  # autocast's own bfloat16 weights
     assert y.dtype == torch.bfloat16

@@ -80,7 +80,7 @@ def test_activations_move_16_bytes_at_a_time(architecture):
 
 def test_enough_threads_are_at_hand_to_wait_for_memory(architecture):
     for f in functions(architecture):
-        # The fused path holds a tile's spectra in shared memory, its transforms 16 numbers a thread.
+        # The fused path: a tile of spectra in shared memory, 16 numbers a thread in registers.
         fused = f.name.startswith(("convolve", "transform_kernel"))
         heavy = fused or (f.is_double and "product" in f.name)
         assert f.occupancy() >= (0.12 if heavy else 0.25), (f.name, f.occupancy())

@@ -9,6 +9,8 @@ from torch import nn
 import c3a
 from c3a.patch import auto_block_size
 
+pytestmark = pytest.mark.usefixtures("default_device")
+
 
 class Attention(nn.Module):
     def __init__(self):

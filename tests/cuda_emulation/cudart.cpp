@@ -180,6 +180,7 @@ C3A_DOUBLE cudaError_t cudaGetLastError() {
   last_error = cudaSuccess;
   return error;
 }
+C3A_DOUBLE cudaError_t cudaPeekAtLastError() { return last_error; }
 C3A_DOUBLE const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "cudaSuccess";

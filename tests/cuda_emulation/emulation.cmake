@@ -1,13 +1,14 @@
-# The CUDA sources through g++, on an emulated machine: no GPU, no CUDA build of torch, no nvcc. The
+# The CUDA sources through g++, on an emulated machine: no GPU, no nvcc. C3A_EMULATE_CUDA=CPU puts them
+# and the machine into libc3a_cpu.so, where CPU tensors stand for CUDA's: no CUDA build of torch.
+# C3A_EMULATE_CUDA=TORCH makes libc3a_cuda13.so of them, and libc3a_emulation.so of the machine, which
+# a CUDA build of torch runs on too if it is loaded before everything (driverless.py). The
 # toolkit's headers come from where nvcc is or from the wheels nvidia-cuda-runtime, nvidia-cuda-crt
 # and nvidia-cufft, which all lie in one folder.
 
 set(_emulation "${CMAKE_CURRENT_LIST_DIR}")
 find_path(C3A_CUDA_INCLUDE cuda_runtime.h
   HINTS "${C3A_TORCH_ROOT}/../nvidia/cu13/include" /usr/local/cuda/include)
-find_path(C3A_CUFFT_INCLUDE cufft.h
-  HINTS "${C3A_TORCH_ROOT}/../nvidia/cu13/include" /usr/local/cuda/include
-  PATH_SUFFIXES targets/x86_64-linux/include)
+include(build_support/cufft.cmake)
 if(NOT C3A_CUDA_INCLUDE OR NOT C3A_CUFFT_INCLUDE)
   message(FATAL_ERROR
     "the emulation needs CUDA's headers: cuda_runtime.h in ${C3A_CUDA_INCLUDE}, cufft.h in "
@@ -36,4 +37,22 @@ if(C3A_SANITIZE STREQUAL "address")
   target_compile_definitions(c3a_emulation PRIVATE C3A_EMULATION_ADDRESS_SANITIZER)
 elseif(C3A_SANITIZE STREQUAL "thread")
   target_compile_definitions(c3a_emulation PRIVATE C3A_EMULATION_THREAD_SANITIZER)
+endif()
+
+if(C3A_EMULATE_CUDA STREQUAL "CPU")
+  target_sources(c3a_cpu PRIVATE "${_emulation}/register.cpp"
+    $<TARGET_OBJECTS:c3a_emulation> $<TARGET_OBJECTS:c3a_emulated_cuda>)
+  target_compile_definitions(c3a_cpu PRIVATE USE_CUDA)
+  target_include_directories(c3a_cpu SYSTEM PRIVATE "${C3A_CUDA_INCLUDE}")
+elseif(C3A_EMULATE_CUDA STREQUAL "TORCH")
+  target_sources(c3a_emulation PRIVATE "${_emulation}/cudart_for_torch.cpp")
+  add_library(c3a_emulation_library SHARED $<TARGET_OBJECTS:c3a_emulation>)
+  set_target_properties(c3a_emulation_library PROPERTIES OUTPUT_NAME c3a_emulation)
+  install(TARGETS c3a_emulation_library LIBRARY DESTINATION c3a)
+  c3a_stand_in(stand_in_torch_cuda libtorch_cuda.so)
+  add_library(c3a_cuda13 MODULE $<TARGET_OBJECTS:c3a_emulated_cuda> cuda/register.cpp)
+  c3a_operator_library(c3a_cuda13)
+  target_link_libraries(c3a_cuda13 PRIVATE c3a_cpu stand_in_torch_cuda)
+else()
+  message(FATAL_ERROR "C3A_EMULATE_CUDA is OFF, CPU or TORCH; got ${C3A_EMULATE_CUDA}")
 endif()
