@@ -14,23 +14,36 @@ INSTALL := $(PIP) install --quiet
 
 PACKAGES = $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
-# Sanitized code is loaded into a Python that is not: the run-time libraries go first. -S keeps an
-# editable installation's import hook from going before PYTHONPATH.
-SANITIZED := build/sanitized
-WATCHED = PYTHONPATH=$(SANITIZED):$(PACKAGES) \
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 C3A_SANITIZED=1 $(PY) -S -m pytest
+# Code that is not the installed package's: built by `pip install --target $(1)`, and run from there. -S
+# keeps an editable installation's import hook from going before PYTHONPATH. Sanitized code is loaded
+# into a Python that is not, so the sanitizer's library goes first.
+PACKAGE_OF = PYTHONPATH=$(1):$(PACKAGES)
+RUNTIME = $$(gcc -print-file-name=$(1).so)
+ADDRESS = LD_PRELOAD="$(call RUNTIME,libasan) $(call RUNTIME,libstdc++)" \
+	ASAN_OPTIONS=detect_leaks=0 C3A_SANITIZED=1
+THREAD = LD_PRELOAD="$(call RUNTIME,libtsan)" TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 setarch -R
+PYTEST_THERE = $(PY) -S -m pytest
 
-.PHONY: help finetune test levels sanitize aarch64 lint format bench cuda
+# CUDA's headers, and the tools that read machine code: a few MB each, but for cuFFT's 214.
+CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda-crt==13.0.88 \
+	nvidia-cuda-cccl==13.0.85
+CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+
+.PHONY: help finetune test levels sanitize emulated mutants emulated-torch aarch64 lint format bench \
+	cuda gpu
 
 help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
 	@echo "make test       set up, then check formatting and run every test"
 	@echo "make levels     the tests at the CPU's other instruction sets (after make test)"
 	@echo "make sanitize   the CPU kernels' tests under AddressSanitizer and UBSan (after make test)"
+	@echo "make emulated   the CUDA sources' tests without a GPU, plain and sanitized (after make test)"
+	@echo "make mutants    break the CUDA sources in many places: do those tests notice? (after make test)"
+	@echo "make emulated-torch   the tests with --device cuda in a CUDA torch without a driver (5.5 GB)"
 	@echo "make aarch64    compile the CPU library for aarch64 (after make test)"
 	@echo "make bench      set up, then time the operator against its peers"
-	@echo "make cuda       rebuild with the CUDA library (needs nvcc 13)"
+	@echo "make cuda       rebuild with the CUDA library and look at its machine code (needs nvcc 13)"
+	@echo "make gpu        on a machine with a GPU, nvcc 13 and a CUDA torch: everything, into a report"
 	@echo "make format     format the sources"
 
 $(PY):
@@ -52,12 +65,50 @@ levels:
 	C3A_CPU_LEVEL=x86-64-v2 $(PY) -m pytest --ignore tests/test_cli.py
 	C3A_CPU_LEVEL=aten $(PY) -m pytest tests/test_operator.py tests/test_rules.py tests/test_linear.py
 
+SANITIZED := build/sanitized
+WATCHED = $(call PACKAGE_OF,$(SANITIZED)) $(ADDRESS) $(PYTEST_THERE)
+
 sanitize:
 	rm -rf $(SANITIZED)
-	C3A_SANITIZE=ON C3A_CUDA=OFF C3A_PYBIND=OFF $(INSTALL) --no-deps --target $(SANITIZED) .
+	C3A_SANITIZE=address C3A_CUDA=OFF C3A_PYBIND=OFF $(INSTALL) --no-deps --target $(SANITIZED) .
 	$(WATCHED) tests/test_cpu.py tests/test_operator.py tests/test_spectra.py
 	C3A_CPU_LEVEL=x86-64-v3 $(WATCHED) tests/test_cpu.py
 	C3A_CPU_LEVEL=x86-64-v2 $(WATCHED) tests/test_cpu.py
+
+# The CUDA sources by g++ on an emulated machine, in place of the CPU's kernels. Reported as emulated.
+EMULATED := build/emulated
+EMULATE = C3A_EMULATE_CUDA=CPU $(INSTALL) --no-deps --target
+EMULATED_AT = C3A_EMULATED=1 $(call PACKAGE_OF,$(EMULATED)/$(1))
+
+emulated:
+	$(INSTALL) --no-deps $(CUDA_HEADERS)
+	rm -rf $(EMULATED)
+	$(EMULATE) $(EMULATED)/plain .
+	C3A_SANITIZE=address $(EMULATE) $(EMULATED)/address .
+	C3A_SANITIZE=thread $(EMULATE) $(EMULATED)/thread .
+	$(call EMULATED_AT,plain) $(PYTEST_THERE) tests/test_cuda.py tests/test_cuda_emulation.py \
+		tests/test_operator.py tests/test_errors.py tests/test_rules.py tests/test_linear.py \
+		tests/test_patch.py
+	C3A_EMULATION_SEED=1 $(call EMULATED_AT,plain) $(PYTEST_THERE) tests/test_cuda.py -k tiny
+	$(call EMULATED_AT,address) $(ADDRESS) $(PYTEST_THERE) tests/test_cuda.py tests/test_operator.py
+	$(call EMULATED_AT,thread) $(THREAD) $(PYTEST_THERE) tests/test_cuda.py -s -k "tiny or threads"
+
+mutants:
+	$(INSTALL) --no-deps $(CUDA_HEADERS)
+	$(INSTALL) cmake ninja pybind11
+	$(PY) tests/cuda_emulation/mutants.py
+
+DRIVERLESS := build/driverless
+DRIVERLESS_PY := $(DRIVERLESS)/venv/bin/python
+
+emulated-torch:
+	test -x $(DRIVERLESS_PY) || $(PYTHON) -m venv $(DRIVERLESS)/venv
+	$(DRIVERLESS_PY) -m pip install --quiet torch==2.14.1 pytest numpy scipy 'transformers>=5' safetensors
+	$(DRIVERLESS_PY) -m pip install --quiet --no-deps $(CUDA_HEADERS)
+	$(DRIVERLESS_PY) tests/cuda_emulation/driverless.py build $(DRIVERLESS)
+	$(DRIVERLESS_PY) tests/cuda_emulation/driverless.py pytest $(DRIVERLESS) tests/test_cuda.py \
+		tests/test_operator.py tests/test_errors.py tests/test_rules.py tests/test_linear.py \
+		tests/test_patch.py
 
 # Another compiler for another machine; nothing of it runs here.
 AARCH64 = $(PY) -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -Wall -Wextra -Werror \
@@ -85,9 +136,15 @@ bench: $(PY)
 	$(INSTALL) '.[bench]'
 	$(PY) bench/bench.py --plot bench/speed.png --json bench/speed.json
 
-# cufft.h comes from cuFFT's own wheel. Compiling needs no GPU and no CUDA build of torch.
+# Compiling needs no GPU and no CUDA build of torch.
 cuda: $(PY)
 	$(INSTALL) $(TORCH)
-	$(INSTALL) --no-deps nvidia-cufft==12.0.0.61
+	$(INSTALL) --no-deps $(CUDA_HEADERS) $(CUDA_READERS)
 	C3A_CUDA=ON $(INSTALL) --force-reinstall --no-deps .
 	$(PY) -m c3a info
+	$(PY) -m pytest tests/test_package.py tests/test_machine_code.py
+	$(PY) tests/machine_code.py > build/machine_code.txt
+
+# Installs nothing but this package: it may be offline. PYTHON is the one that has the CUDA torch.
+gpu:
+	$(PYTHON) tests/gpu_report.py

@@ -6,6 +6,8 @@ and backward, with gradients for the input and the adapter, and for the base lay
 
     python bench/bench.py                        the five shapes, then everything else in the README
     python bench/bench.py --json out.json --plot bench/speed.png
+    python bench/bench.py --device cuda          on a GPU: five shapes and two larger ones, with the
+                                                 time that memory alone takes beside each
 """
 
 import argparse
@@ -29,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import c3a
-from c3a._C import cpu_capability
+from c3a._C import cpu_capability, set_cuda_path
 from c3a.memory import peak_allocated, saved_for_backward
 
 # (in, out, block size, tokens, LoRA rank): the shapes at which peers were measured.
@@ -41,6 +43,9 @@ SHAPES = [
     (4096, 4096, 256, 512, 16),
 ]
 LARGE = SHAPES[-1]
+# On a GPU: the same layers at 4096 tokens, and two larger ones.
+CUDA_SHAPES = [(n_in, n_out, b, 4096, rank) for n_in, n_out, b, _, rank in SHAPES]
+CUDA_SHAPES += [(4096, 11008, 256, 4096, 16), (8192, 8192, 256, 4096, 16)]
 BLOCK_SIZES = [2**e for e in range(4, 13)]
 TOKENS = [2**e for e in range(14)]
 
@@ -50,14 +55,19 @@ Contenders = dict[str, Callable[[], object]]
 class Case:
     """One shape's tensors, and a function for every contender."""
 
-    def __init__(self, n_in, n_out, b, tokens, rank, dtype=torch.float32):
+    def __init__(self, n_in, n_out, b, tokens, rank, dtype=torch.float32, device="cpu"):
         self.shape = (n_in, n_out, b, tokens, rank)
-        self.x = torch.randn(tokens, n_in, dtype=dtype, requires_grad=True)
-        self.g = torch.randn(tokens, n_out, dtype=dtype)
-        self.w = torch.randn(n_out // b, n_in // b, b, dtype=dtype, requires_grad=True)
-        self.down = torch.randn(rank, n_in, dtype=dtype, requires_grad=True)
-        self.up = torch.randn(n_out, rank, dtype=dtype, requires_grad=True)
-        self.base = nn.Linear(n_in, n_out, bias=False, dtype=dtype).requires_grad_(False)
+
+        def normal(*sizes):
+            return torch.randn(*sizes, dtype=dtype, device=device)
+
+        self.x = normal(tokens, n_in).requires_grad_()
+        self.g = normal(tokens, n_out)
+        self.w = normal(n_out // b, n_in // b, b).requires_grad_()
+        self.down = normal(rank, n_in).requires_grad_()
+        self.up = normal(n_out, rank).requires_grad_()
+        self.base = nn.Linear(n_in, n_out, bias=False, dtype=dtype, device=device)
+        self.base.requires_grad_(False)
 
     def validate(self) -> None:
         x, w = self.x.double(), self.w.double()
@@ -101,6 +111,11 @@ class Case:
         }
         return {name: with_gradients(*every[name]) for name in names or every}
 
+    def forward_bytes(self) -> int:
+        """What the adapter's share of a forward must move: read x, read and write y."""
+        n_in, n_out, _, tokens, _ = self.shape
+        return tokens * (n_in + 2 * n_out) * self.x.element_size()
+
     def bytes_and_flops(self) -> tuple[float, float]:
         """What forward and backward must move and compute (DESIGN.md, "Cost")."""
         n_in, n_out, b, tokens, _ = self.shape
@@ -109,7 +124,22 @@ class Case:
         return tokens * sides * self.x.element_size(), tokens * (transforms + products)
 
 
-def measure(contenders: Contenders, rounds: int) -> dict[str, float]:
+def elapsed(function: Callable[[], object], device: str, repeat: int = 10) -> float:
+    """Return the seconds of one call; on a GPU the mean of some, which hides their launches."""
+    if device == "cpu":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeat):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeat
+
+
+def measure(contenders: Contenders, rounds: int, device: str = "cpu") -> dict[str, float]:
     """Return the median seconds of each contender."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     calls = list(contenders.items())
@@ -118,9 +148,7 @@ def measure(contenders: Contenders, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         random.shuffle(calls)
         for name, function in calls:
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(elapsed(function, device))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -288,6 +316,90 @@ def bench_memory() -> list[tuple[str, float, str]]:
     return marks
 
 
+def by_path(path: str, function: Callable[[], object]) -> Callable[[], object]:
+    def run():
+        set_cuda_path(path)
+        function()
+        set_cuda_path("auto")
+
+    return run
+
+
+def copy_bandwidth(rounds: int) -> float:
+    """Return bytes per second, read and written, of a large copy on the GPU."""
+    a = torch.empty(2**28, dtype=torch.float32, device="cuda")
+    b = torch.empty_like(a)
+    seconds = measure({"copy": lambda: b.copy_(a)}, rounds, "cuda")["copy"]
+    return 2 * a.numel() * a.element_size() / seconds
+
+
+def bench_cuda(rounds: int, tokens: int | None, bandwidth: float) -> list[dict]:
+    """Forward, and forward and backward, of every shape in float32 and bfloat16."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in track(CUDA_SHAPES, str(dtype)[6:], transient=True):
+            n_in, n_out, b, usual, rank = shape
+            case = Case(n_in, n_out, b, tokens or usual, rank, dtype, "cuda")
+            case.validate()
+            # PEFT's transforms have no bfloat16.
+            peers = ("PEFT", "LoRA", "base") if dtype == torch.float32 else ("LoRA", "base")
+            both_bytes, _ = case.bytes_and_flops()
+            for what, moved, kind in (
+                ("forward", case.forward_bytes(), case.forward),
+                ("f+b", both_bytes, case.both),
+            ):
+                ours = kind("C3A")["C3A"]
+                contenders = {
+                    "C3A": ours,
+                    "by fused": by_path("fused", ours),
+                    "by cuFFT": by_path("cufft", ours),
+                    **kind(*peers),
+                }
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                ours()
+                torch.cuda.synchronize()
+                results.append(
+                    {
+                        "what": what,
+                        "dtype": str(dtype)[6:],
+                        "shape": case.shape,
+                        "seconds": measure(contenders, rounds, "cuda"),
+                        "floor": moved / bandwidth,
+                        "peak bytes": torch.cuda.max_memory_allocated() - before,
+                    }
+                )
+    return results
+
+
+def cuda_table(results: list[dict]) -> Table:
+    table = Table(title="microseconds; floor: what must be moved, at a copy's bandwidth")
+    contenders = ("C3A", "by fused", "by cuFFT", "PEFT", "LoRA", "base")
+    for column in ("", "dtype", "in x out", "block", "T", *contenders, "floor"):
+        table.add_column(column, justify="right")
+    for column in ("C3A / floor", "C3A / LoRA", "peak MB"):
+        table.add_column(column, justify="right")
+    for result in results:
+        n_in, n_out, b, tokens, rank = result["shape"]
+        seconds = result["seconds"]
+        times = [f"{1e6 * seconds[name]:.0f}" if name in seconds else "-" for name in contenders]
+        times[contenders.index("LoRA")] += f" (r={rank})"
+        table.add_row(
+            result["what"],
+            result["dtype"],
+            f"{n_in} x {n_out}",
+            str(b),
+            str(tokens),
+            *times,
+            f"{1e6 * result['floor']:.0f}",
+            f"{seconds['C3A'] / result['floor']:.1f}",
+            f"{seconds['C3A'] / seconds['LoRA']:.2f}",
+            f"{result['peak bytes'] / 1e6:.0f}",
+        )
+    return table
+
+
 def marks_table(marks: list[tuple[str, float, str]]) -> Table:
     table = Table(title="single figures")
     table.add_column("what")
@@ -351,12 +463,27 @@ def plot(sweeps: dict[str, list[dict]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def main_cuda(options: argparse.Namespace) -> None:
+    device = torch.cuda.get_device_properties(0)
+    bandwidth = copy_bandwidth(options.rounds)
+    machine = f"{device.name}, a copy moves {bandwidth / 1e9:.0f} GB/s"
+    console = Console(width=160)
+    console.print(f"{machine}, torch {torch.__version__}, medians of {options.rounds}")
+    results = bench_cuda(options.rounds, options.tokens, bandwidth)
+    console.print(cuda_table(results))
+    if options.json:
+        figures = {"machine": machine, "torch": torch.__version__, "results": results}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tokens", type=int, help="on a GPU: tokens of every shape, for a try")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--plot", type=Path, help="sweep block sizes and tokens, and draw that")
     parser.add_argument("--shapes-only", action="store_true", help="the five shapes alone")
@@ -370,6 +497,8 @@ def main() -> None:
         times = [measure(case.both("C3A"), options.rounds)["C3A"] for case in cases]
         print(json.dumps(times))
         return
+    if options.device == "cuda":
+        return main_cuda(options)
     machine = f"{platform.machine()}, {cpu_capability()}, {options.threads} thread(s)"
     title = f"{machine}, torch {torch.__version__}, medians of {options.rounds}"
     console = Console(width=130)

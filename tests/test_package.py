@@ -27,20 +27,25 @@ def symbols(library: Path, *options: str) -> set[str]:
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
 def test_torch_has_every_symbol_that_a_library_takes_from_it(library):
-    if "cuda" in library.name and torch.version.cuda is None:
-        pytest.skip("this torch is built without CUDA, so the real libraries are not here")
     taken = {
         name
         for name in symbols(library, "--undefined-only")
-        if re.match(r"(aoti_)?torch_|_ZN\w*5torch|cufft|cuda", name)
+        if re.match(r"(aoti_)?torch_|_ZN\w*5torch|cufft|cuda|__cuda", name)
     }
-    has = set()
-    for real in TORCH.glob("libtorch_c*.so"):
-        has |= symbols(real, "--defined-only")
-    for real in TORCH.parent.parent.glob("nvidia/**/lib*.so.*"):
-        has |= symbols(real, "--defined-only")
+    real = [*TORCH.glob("libtorch_c*.so"), *TORCH.parent.parent.glob("nvidia/**/lib*.so.*")]
+    has = set().union(*(symbols(path, "--defined-only") for path in real))
     assert len(taken) > 5
-    assert taken <= has
+    missing = taken - has
+    if "cuda" in library.name and torch.version.cuda is None:
+        # cuFFT and the runtime may be there without a CUDA build of torch, as wheels.
+        here = {path.name for path in real}
+        if "libcufft.so.12" not in here:
+            missing = {name for name in missing if not name.startswith("cufft")}
+        if "libcudart.so.13" not in here:
+            missing = {name for name in missing if not re.match("(__)?cuda", name)}
+        assert missing == {"aoti_torch_get_current_cuda_stream"}
+    else:
+        assert missing == set()
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
@@ -51,6 +56,8 @@ def test_a_library_needs_torch_by_name_only_and_no_python(library):
     ).stdout
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", text))
     torchs = {"libtorch_cpu.so", "libtorch_cuda.so", "libcufft.so.12", "libcudart.so.13"}
+    if "cuda" in library.name:
+        torchs |= {"libc3a_cpu.so"}  # which is loaded first
     systems = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
     loader = {name for name in needed if name.startswith("ld-linux")}
     assert "libtorch_cpu.so" in needed

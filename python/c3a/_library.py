@@ -1,6 +1,7 @@
 """Loads the operator libraries: the CPU's, which defines the schemas, then CUDA's if it fits."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,8 +35,14 @@ def _load() -> None:
         folders = ", ".join(map(str, _FOLDERS))
         raise ImportError(f"c3a: libc3a_cpu.so is not in {folders}; install c3a with pip")
     torch.ops.load_library(found[0])
-    if (cuda := cuda_library()[0]) is not None:
+    cuda, reason = cuda_library()
+    if cuda is not None:
         torch.ops.load_library(cuda)
+    elif torch.version.cuda is not None and _libraries("libc3a_cuda*.so"):
+        warnings.warn(
+            f"c3a: {reason}; CUDA tensors go through torch's own FFTs, several times slower",
+            stacklevel=2,
+        )
 
 
 _load()

@@ -2,9 +2,10 @@
 
     python tests/cuda_emulation/driverless.py build FOLDER    a stub of libcuda, the doubles, c3a
     python tests/cuda_emulation/driverless.py pytest FOLDER [arguments of pytest]
+    python tests/cuda_emulation/driverless.py run FOLDER SCRIPT [its arguments]
 
-``make emulated-torch`` does both. Results are emulated: the project's CUDA sources run on the CPU, in
-the memory that torch's own CUDA allocator takes for a GPU's; torch's own operators run on the CPU.
+``make emulated-torch`` does the first two. Results are emulated: the project's CUDA sources run on the
+CPU, in memory that torch's own CUDA allocator takes for a GPU's; torch's own operators run on the CPU.
 """
 
 import ctypes
@@ -58,24 +59,20 @@ def build(folder: Path) -> None:
     )
 
 
-def run_pytest(folder: Path, arguments: list[str]) -> int:
+def run_there(folder: Path, command: list[str]) -> int:
+    package = folder / "package"
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            [str(folder / "package"), str(HERE), sysconfig.get_path("purelib")]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(package), str(HERE), sysconfig.get_path("purelib")]),
         "LD_LIBRARY_PATH": str(folder / "driver"),
-        "LD_PRELOAD": str(folder / "package" / "c3a" / "libc3a_emulation.so"),
+        "LD_PRELOAD": str(package / "c3a" / "libc3a_emulation.so"),
         "C3A_EMULATED": "1",
     }
-    command = [sys.executable, "-S", "-m", "pytest", "-p", "driverless", "--device", "cuda"]
-    return subprocess.run([*command, *arguments], env=environment, cwd=ROOT).returncode
+    return subprocess.run([sys.executable, "-S", *command], env=environment, cwd=ROOT).returncode
 
 
-# As a plugin of pytest
-
-
-def pytest_configure(config):
+def torchs_own_on_the_cpu():
+    """Return what runs torch's own operators on the CPU as long as it is entered."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_map
@@ -107,7 +104,9 @@ def pytest_configure(config):
         t = t.resolve_conj().resolve_neg()
         result = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device)
         if t.numel():
-            last = sum((size - 1) * stride for size, stride in zip(t.size(), t.stride(), strict=True))
+            last = sum(
+                (size - 1) * stride for size, stride in zip(t.size(), t.stride(), strict=True)
+            )
             ctypes.memmove(result.data_ptr(), t.data_ptr(), (last + 1) * t.element_size())
         return result
 
@@ -144,7 +143,14 @@ def pytest_configure(config):
 
     # They need no device function: views, which share memory, and new memory.
     native = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "set_"}
-    native |= {"_unsafe_view", "_reshape_alias", "lift_fresh", "resize_", "is_pinned", "record_stream"}
+    native |= {
+        "_unsafe_view",
+        "_reshape_alias",
+        "lift_fresh",
+        "resize_",
+        "is_pinned",
+        "record_stream",
+    }
 
     class TorchsOwnOnTheCpu(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -170,8 +176,16 @@ def pytest_configure(config):
         override("bmm", aten.bmm.default)
         override("zero_", aten.zero_.default)
         override("fill_.Scalar", aten.fill_.Scalar)
-    config._c3a_overrides = overrides
-    config._c3a_mode = TorchsOwnOnTheCpu()
+    mode = TorchsOwnOnTheCpu()
+    mode.overrides = overrides  # which live as long
+    return mode
+
+
+# As a plugin of pytest
+
+
+def pytest_configure(config):
+    config._c3a_mode = torchs_own_on_the_cpu()
     config._c3a_mode.__enter__()
 
 
@@ -195,7 +209,14 @@ def pytest_report_header(config):
 
 if __name__ == "__main__":
     what, where, *rest = sys.argv[1:]
+    folder = Path(where).resolve()
     if what == "build":
-        build(Path(where).resolve())
-    else:
-        sys.exit(run_pytest(Path(where).resolve(), rest))
+        build(folder)
+    elif what == "pytest":
+        command = ["-m", "pytest", "-p", "driverless", "--device", "cuda"]
+        sys.exit(run_there(folder, [*command, *rest]))
+    elif what == "run":
+        enter = "import driverless, runpy, sys; sys.argv = sys.argv[1:]"
+        enter += "; mode = driverless.torchs_own_on_the_cpu(); mode.__enter__()"
+        enter += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+        sys.exit(run_there(folder, ["-c", enter, *rest]))
