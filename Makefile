@@ -7,6 +7,7 @@ VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 OUTPUT ?= runs/rotten_tomatoes
 
 SOURCES := bench build_support python tests
+CPP := cpp/*.h cpp/*.cpp cuda/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -124,12 +125,12 @@ aarch64:
 lint:
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES) README.md
-	$(VENV)/bin/clang-format --dry-run --Werror cpp/* cuda/*
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 format: $(PY)
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES) README.md
-	$(VENV)/bin/clang-format -i cpp/* cuda/*
+	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(PY)
 	$(INSTALL) $(TORCH)

@@ -3,8 +3,8 @@
     python tests/gpu_report.py [--steps facts build suite memcheck racecheck bench] [--out FILE]
 
 It needs a GPU, nvcc 13, and a Python with a CUDA 13 build of torch, pytest, NumPy, SciPy, cmake and
-ninja; compute-sanitizer, pybind11, peft and rich for the steps that use them. The package is built for this
-GPU alone and run from build/gpu; nothing is installed. What a step prints goes to FILE
+ninja; compute-sanitizer, pybind11, peft and rich for the steps that use them. The package is built
+for this GPU alone and run from build/gpu; nothing is installed. What a step prints goes to FILE
 (build/gpu_report.txt) as it comes, and a summary at the end; the exit status is 1 if a step failed.
 """
 
@@ -123,6 +123,12 @@ def build(report: Report, architectures: str | None) -> int:
     metadata = PACKAGE / "c3a-0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: c3a\nVersion: 0\n")
+    where = "import c3a; print(c3a.__file__)"
+    used = subprocess.check_output(
+        [sys.executable, "-c", where], env={**os.environ, **with_package()}, text=True
+    )
+    if not used.startswith(str(PACKAGE)):
+        raise RuntimeError(f"another c3a goes before the one built here: uninstall {used.strip()}")
     return report.run(sys.executable, "-m", "c3a", "info", **with_package())
 
 

@@ -116,16 +116,21 @@ def test_both_paths_are_right_for_every_length_of_the_fused_one(b, dtype, path, 
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 7, 8, 9, 17])
-@pytest.mark.parametrize("shared_kib", [227, 40])  # tiles of 8 and of 4 tokens
-def test_the_fused_path_is_right_for_every_number_of_tokens(tokens, shared_kib, device, machine):
+def test_the_fused_path_is_right_for_every_number_of_tokens(tokens, device):
     _C.set_cuda_path("fused")
+    assert_right(*operands((tokens,), 2, 9, 64, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize(("shared_kib", "tile"), [(227, 8), (40, 4)])
+def test_a_tile_has_as_many_tokens_as_shared_memory_has_room_for(shared_kib, tile, device, machine):
     machine.be(shared_kib=shared_kib)
-    x, w, g = operands((tokens,), 2, 9, 64, dtype=torch.float32, device=device)
-    OPS.block_circ_conv(x, w)
-    tile = 8 if shared_kib == 227 else 4
-    (launch,) = [event for event in machine.events() if "convolve" in event]
-    assert f"{-(-tokens // tile)} x" in launch
-    assert_right(x, w, g)
+    for tokens in (1, 4, 5, 8, 17):
+        x, w, g = operands((tokens,), 2, 9, 64, dtype=torch.float32, device=device)
+        machine.events()
+        OPS.block_circ_conv(x, w)
+        (launch,) = [event for event in machine.events() if "convolve" in event]
+        assert f" {-(-tokens // tile)} x " in launch
+        assert_right(x, w, g)
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 40), (33, 1), (5, 18), (17, 3)])

@@ -1,5 +1,5 @@
-// The rest of the CUDA runtime that a CUDA build of torch calls: loaded before libcudart, it gives an
-// unmodified torch two devices in the host's memory. torch's own device functions cannot run: a
+// The rest of the CUDA runtime that a CUDA build of torch calls: loaded before libcudart, it gives
+// an unmodified torch two devices in the host's memory. torch's own device functions cannot run: a
 // launch of one is an error (driverless.py keeps them from being launched).
 
 #include <cuda.h>
@@ -168,8 +168,8 @@ C3A_DOUBLE cudaError_t cudaGetDriverEntryPointByVersion(
     const char* symbol, void** function, unsigned, unsigned long long,
     cudaDriverEntryPointQueryResult* found) {
   const bool state = std::strstr(symbol, "PrimaryCtxGetState") != nullptr;
-  *function = state ? reinterpret_cast<void*>(&primary_context_state)
-                    : reinterpret_cast<void*>(&nothing);
+  *function =
+      state ? reinterpret_cast<void*>(&primary_context_state) : reinterpret_cast<void*>(&nothing);
   if (found) *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

@@ -4,8 +4,9 @@
     python tests/cuda_emulation/driverless.py pytest FOLDER [arguments of pytest]
     python tests/cuda_emulation/driverless.py run FOLDER SCRIPT [its arguments]
 
-``make emulated-torch`` does the first two. Results are emulated: the project's CUDA sources run on the
-CPU, in memory that torch's own CUDA allocator takes for a GPU's; torch's own operators run on the CPU.
+``make emulated-torch`` does the first two. Results are emulated: the project's CUDA sources run on
+the CPU, in memory that torch's own CUDA allocator takes for a GPU's; torch's own operators run on
+the CPU.
 """
 
 import ctypes
