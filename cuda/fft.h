@@ -69,11 +69,17 @@ __device__ inline float2 times(float2 a, float2 b) {
   return {a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x};
 }
 
-// Where number i of all signals lies: neighbours, and numbers 8 or 16 apart, in different banks.
-__device__ inline int place(int i) { return i ^ (i >> 4 & 15); }
+// Where number i of all signals lies: numbers that threads access together, neighbours or 4 to 16
+// apart, in different banks. place(a ^ b) is place(a) ^ place(b), so that one of them can be a
+// constant, and what is a multiple of four signals stays where it is.
+template <int kLog>
+__device__ constexpr int place(int i) {
+  constexpr int kMask = kLog >= 6 ? 15 : (1 << (kLog - 2)) - 1;
+  return i ^ (i >> 4 & kMask);
+}
 template <int kLog>
 __device__ inline int place(int signal, int u) {
-  return place((signal << kLog) + u);
+  return place<kLog>((signal << kLog) + u);
 }
 
 // a times exp(-2 pi i q / 16), or its conjugate, q < 8
@@ -137,10 +143,11 @@ __device__ inline void pass(float2* z, int signals) {
   constexpr int kRest = kLength - kRadix;  // numbers R apart in order: 2^kRest
   const int items = signals << (kLog - kRadix);
   for (int e = threadIdx.x; e < items; e += kThreads) {
-    const int u = e & ((1 << kRest) - 1), first = ((e >> kRest) << kLength) + u;
+    const int u = e & ((1 << kRest) - 1);
+    const int first = place<kLog>(((e >> kRest) << kLength) + u);
     float2 a[R];
 #pragma unroll
-    for (int q = 0; q < R; ++q) a[q] = z[place(first + (q << kRest))];
+    for (int q = 0; q < R; ++q) a[q] = z[first ^ place<kLog>(q << kRest)];
     if constexpr (!kInverse) dft(a);
     if constexpr (kRest > 0) {
 #pragma unroll
@@ -151,7 +158,7 @@ __device__ inline void pass(float2* z, int signals) {
     }
     if constexpr (kInverse) undo_dft(a);
 #pragma unroll
-    for (int q = 0; q < R; ++q) z[place(first + (q << kRest))] = a[q];
+    for (int q = 0; q < R; ++q) z[first ^ place<kLog>(q << kRest)] = a[q];
   }
   __syncthreads();
 }
@@ -175,22 +182,23 @@ template <int kLog, bool kInverse>
 __device__ inline void split(float2* z, int signals) {
   constexpr int h = 1 << kLog;
   for (int e = threadIdx.x; e < signals << (kLog - 1); e += kThreads) {
-    const int pair = e & (h / 2 - 1), signal = (e >> (kLog - 1)) << kLog;
+    const int pair = e & (h / 2 - 1), signal = place<kLog>((e >> (kLog - 1)) << kLog);
     if (pair == 0) {
-      const float2 zero = z[place(signal)], half = z[place(signal + 1)];
+      float2 &zero = z[signal], &half = z[signal ^ 1];
       const float factor = kInverse ? 1.0f : 2.0f;
-      z[place(signal)] = {factor * (zero.x + zero.y), factor * (zero.x - zero.y)};
-      z[place(signal + 1)] = {2 * half.x, -2 * half.y};
+      zero = {factor * (zero.x + zero.y), factor * (zero.x - zero.y)};
+      half = {2 * half.x, -2 * half.y};
       continue;
     }
-    const int top = 1 << (31 - __clz(pair)), p = pair + top, q = p ^ (2 * top - 1);
-    const float2 a = z[place(signal + p)], b = z[place(signal + q)];
+    const int top = 1 << (31 - __clz(pair)), p = pair + top;
+    float2 &at_p = z[signal ^ place<kLog>(p)], &at_q = z[signal ^ place<kLog>(p ^ (2 * top - 1))];
+    const float2 a = at_p, b = at_q;
     const float2 w = turn(static_cast<int>(__brev(p) >> (32 - kLog)), 2 * h);
     const float2 i_w = kInverse ? float2{w.y, w.x} : float2{-w.y, w.x};
     const float2 s = a + conj(b), t = times(a - conj(b), i_w);
     // The inverse multiplies by i conj(w) and adds where the forward subtracts.
-    z[place(signal + p)] = kInverse ? s + t : s - t;
-    z[place(signal + q)] = conj(kInverse ? s - t : s + t);
+    at_p = kInverse ? s + t : s - t;
+    at_q = conj(kInverse ? s - t : s + t);
   }
   __syncthreads();
 }

@@ -73,11 +73,10 @@ __device__ inline void load_rows(
       for (int c = threadIdx.x % kReaders * kPairs; c < h * blocks; c += kReaders * kPairs) {
         Group<T> group{};
         if (first_row + row < rows) group = read<constant.value>(from + 2 * c);
-        const int signal = (c >> kLog) * kRows + row, u = c & (h - 1);
+        const int to = place<kLog>((c >> kLog) * kRows + row, c & (h - 1));
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
-          z[place<kLog>(signal, u + i)] = {
-              widen<float>(group.values[2 * i]), widen<float>(group.values[2 * i + 1])};
+          z[to ^ i] = {widen<float>(group.values[2 * i]), widen<float>(group.values[2 * i + 1])};
         }
       }
     });
@@ -87,24 +86,27 @@ __device__ inline void load_rows(
 
 // y[o][t][slot] = sum_i w^_oi[slot] z[i][t][slot] for the group of output blocks from `first_out`
 template <int kLog, int kTokens>
-__device__ inline void multiply(const Fused& f, int first_out, const float2* z, float2* y) {
+__device__ inline void multiply(const Fused& f, int first_out, const float2* spectra, float2* y) {
   constexpr int h = 1 << kLog, kAtOnce = kGroup<kLog> < kProducts ? kGroup<kLog> : kProducts;
   for (int e = threadIdx.x; e < (kGroup<kLog> / kAtOnce) << kLog; e += kThreads) {
     const int slot = e & (h - 1), out = (e >> kLog) * kAtOnce;
     // Slot 0 holds two real bins, which are not multiplied with each other.
     const float sign = slot == 0 ? 0.0f : f.conjugate ? -1.0f : 1.0f;
     float2 sums[kAtOnce][kTokens] = {};
+    const float2* z = spectra;
+    int at[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) at[t] = place<kLog>(t, slot);
     const float2* w = f.w_hat + (first_out + out) * f.w_out * h + slot;
-    for (int i = 0; i < f.in_blocks; ++i) {
+    const int64_t next_in = f.w_in * h, next_out = f.w_out * h;
+    const int64_t left = f.out_blocks - first_out - out;
+    for (int i = 0; i < f.in_blocks; ++i, w += next_in, z += kTokens * h) {
       float2 factors[kAtOnce];
 #pragma unroll
-      for (int o = 0; o < kAtOnce; ++o) {
-        const bool exists = first_out + out + o < f.out_blocks;
-        factors[o] = exists ? w[(i * f.w_in + o * f.w_out) * h] : float2{0, 0};
-      }
+      for (int o = 0; o < kAtOnce; ++o) factors[o] = o < left ? w[o * next_out] : float2{0, 0};
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const float2 x = z[place<kLog>(i * kTokens + t, slot)];
+        const float2 x = z[at[t]];
 #pragma unroll
         for (int o = 0; o < kAtOnce; ++o) {
           const float2 v = factors[o];
@@ -120,7 +122,7 @@ __device__ inline void multiply(const Fused& f, int first_out, const float2* z, 
     for (int o = 0; o < kAtOnce; ++o) {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        y[place<kLog>((out + o) * kTokens + t, slot)] = sums[o][t];
+        y[(out + o) * kTokens * h + at[t]] = sums[o][t];
       }
     }
   }
@@ -146,12 +148,12 @@ __device__ inline void store_rows(
       with_alignment(aligned, [&](auto constant) {
 #pragma unroll 1
         for (int c = threadIdx.x % kWriters * kPairs; c < blocks * h; c += kWriters * kPairs) {
-          const int signal = (c >> kLog) * kTokens + t, u = c & (h - 1);
+          const int from = place<kLog>((c >> kLog) * kTokens + t, c & (h - 1));
           Group<T> group{};
           if (base) group = read<constant.value>(base + 2 * c);
 #pragma unroll
           for (int i = 0; i < kPairs; ++i) {
-            const float2 value = y[place<kLog>(signal, u + i)];
+            const float2 value = y[from ^ i];
             T* const pair = group.values + 2 * i;
             pair[0] = narrow<T>(base ? widen<float>(pair[0]) + value.x : value.x);
             pair[1] = narrow<T>(base ? widen<float>(pair[1]) + value.y : value.y);
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2) transform_kernel(
   const int64_t left = rows - first_row;
   const int size = (left < kKernelRows ? static_cast<int>(left) : kKernelRows) * h;
   for (int e = threadIdx.x; e < size; e += kThreads) {
-    const float2 value = z[place(e)];
+    const float2 value = z[place<kLog>(e)];
     out[first_row * h + e] = {factor * value.x, factor * value.y};
   }
 }
