@@ -1,11 +1,14 @@
 """What nvcc made of the CUDA sources: facts of every device function on every architecture.
 
-    python tests/machine_code.py [libc3a_cuda13.so]     prints a table; needs no GPU
+    python tests/machine_code.py [LIBRARY]          prints a table; needs no GPU
+    python tests/machine_code.py --loops 'convolve<7, 8>' sm_90 [LIBRARY]
+                                                    prints what stands in each innermost loop
 
 Read by cuobjdump and nvdisasm of the CUDA toolkit, or of the wheels nvidia-cuda-cuobjdump and
 nvidia-cuda-nvdisasm. ``tests/test_machine_code.py`` says what must hold.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,12 +42,31 @@ MULTIPROCESSORS = {
 }
 
 
-class DeviceFunction(NamedTuple):
+@dataclass(frozen=True, order=True)
+class DeviceFunction:
     name: str  # with its template arguments, as c3a::cuda has it
     architecture: str
     registers: int
     stack_bytes: int
-    instructions: Counter  # opcode with its modifiers -> how often it stands in the code
+    code: tuple[tuple[int, str, int | None], ...]  # address, opcode with modifiers, jump's target
+
+    @functools.cached_property
+    def instructions(self) -> Counter:
+        return Counter(opcode for _, opcode, _ in self.code)
+
+    def innermost_loops(self) -> list[Counter]:
+        """Return the instructions of every loop that has no loop within."""
+        at = {address: i for i, (address, _, _) in enumerate(self.code)}
+        back = [
+            (at[target], i)
+            for i, (address, opcode, target) in enumerate(self.code)
+            if opcode.startswith("BRA") and target is not None and target < address
+        ]
+        return [
+            Counter(opcode.split(".")[0] for _, opcode, _ in self.code[begin : end + 1])
+            for begin, end in back
+            if not any(begin <= b and e < end for b, e in back)
+        ]
 
     def count(self, pattern: str) -> int:
         return sum(n for opcode, n in self.instructions.items() if re.fullmatch(pattern, opcode))
@@ -114,7 +137,7 @@ def _plain_names(mangled: list[str]) -> list[str]:
 
 
 INSTRUCTION = re.compile(
-    r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:\s+(0x[0-9a-f]+))?"
+    r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:[^;]*?(0x[0-9a-f]+)\s*;)?"
 )
 
 
@@ -126,20 +149,21 @@ def device_functions(library: Path, architecture: str) -> list[DeviceFunction]:
             name = match[1]
         elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             usage[name] = int(match[1]), int(match[2])
-    code: dict[str, Counter] = {}
+    code: dict[str, list[tuple[int, str, int | None]]] = {}
     for line in _dump(library, "-sass", "-arch", architecture).splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
-            code[match[1]] = Counter()
+            code[match[1]] = []
             name = match[1]
         elif match := INSTRUCTION.match(line):
-            at, opcode, target = match.groups()
+            address, opcode = int(match[1], 16), match[2]
+            target = int(match[3], 16) if match[3] else None
             # ptxas writes some jumps past the next instruction as calls.
-            if opcode.startswith("CALL.REL") and int(target, 16) == int(at, 16) + 0x20:
+            if opcode.startswith("CALL.REL") and target == address + 0x20:
                 opcode = "BRA"
-            code[name][opcode] += 1
+            code[name].append((address, opcode, target))
     assert usage.keys() == code.keys()
     functions = [
-        DeviceFunction(plain, architecture, *usage[mangled], code[mangled])
+        DeviceFunction(plain, architecture, *usage[mangled], tuple(code[mangled]))
         for mangled, plain in zip(usage, _plain_names(list(usage)), strict=True)
     ]
     return sorted(functions)
@@ -180,14 +204,28 @@ FP32 = r"(FADD|FMUL|FFMA|FADD2|FMUL2|FFMA2)(\.\w+)*"
 FP64 = r"(DADD|DMUL|DFMA|DSETP|DMNMX|F2F\.F64\.F32|F2F\.F32\.F64|I2F\.F64|F2I\.F64)(\.\w+)*"
 
 
+def print_loops(functions: list[DeviceFunction], name: str) -> None:
+    (function,) = [f for f in functions if f.name == name]
+    for loop in function.innermost_loops():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in loop.most_common(10))
+        print(f"{loop.total():4} instructions: {kinds}")
+
+
 def main() -> None:
-    if len(sys.argv) > 1:
-        library = Path(sys.argv[1])
+    arguments = sys.argv[1:]
+    loops_of = None
+    if arguments[:1] == ["--loops"]:
+        _, *loops_of = arguments[:3]
+        arguments = arguments[3:]
+    if arguments:
+        library = Path(arguments[0])
     else:
         import c3a._library
 
         library = c3a._library._libraries("libc3a_cuda*.so")[0]
-    width = 42
+    if loops_of:
+        return print_loops(device_functions(library, loops_of[1]), loops_of[0])
+    width = 46
     for architecture in MULTIPROCESSORS:
         print(f"\n{architecture:<{width}}" + "".join(f"{column:>15}" for column in COLUMNS))
         for function in device_functions(library, architecture):
