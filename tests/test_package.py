@@ -107,6 +107,18 @@ def test_the_cuda_library_is_loaded_by_a_torch_of_its_cuda_major_only(
     assert said == reason
 
 
+def test_a_torch_of_another_cuda_major_is_told_so_and_the_cpu_keeps_working(tmp_path, monkeypatch):
+    for name in ("libc3a_cpu.so", "libc3a_cuda13.so"):
+        (tmp_path / name).touch()
+    loaded = []
+    monkeypatch.setattr(_library, "_FOLDERS", [tmp_path])
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(path.name))
+    with pytest.warns(UserWarning, match=r"torch has CUDA 12, this build of c3a has CUDA 13 only"):
+        _library._load()
+    assert loaded == ["libc3a_cpu.so"]
+
+
 def test_the_core_needs_torch_and_safetensors_only():
     """Import the package with nothing else of the extras at hand."""
     code = """

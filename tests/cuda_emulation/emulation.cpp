@@ -39,6 +39,7 @@ constexpr int kMaxThreads = 1024;
 struct Fiber {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
+  size_t stack_bytes = kStackBytes;
   dim3 thread_index;
   bool done = false;
   void* thread_sanitizer = nullptr;
@@ -92,7 +93,7 @@ void change(Fiber& from, Fiber& to, [[maybe_unused]] bool ordered) {
 #endif
 #if defined(C3A_EMULATION_ADDRESS_SANITIZER)
   __sanitizer_start_switch_fiber(
-      from.done ? nullptr : &from.address_sanitizer, to.stack, kStackBytes);
+      from.done ? nullptr : &from.address_sanitizer, to.stack, to.stack_bytes);
 #endif
   c3a_emulation_switch(&from.stack_pointer, to.stack_pointer);
 #if defined(C3A_EMULATION_ADDRESS_SANITIZER)
@@ -103,8 +104,7 @@ void change(Fiber& from, Fiber& to, [[maybe_unused]] bool ordered) {
 [[noreturn]] void run_fiber() {
 #if defined(C3A_EMULATION_ADDRESS_SANITIZER)
   const void* stack = nullptr;
-  size_t size = 0;
-  __sanitizer_finish_switch_fiber(nullptr, &stack, &size);
+  __sanitizer_finish_switch_fiber(nullptr, &stack, &scheduler.stack_bytes);
   scheduler.stack = static_cast<char*>(const_cast<void*>(stack));
 #endif
   (*thread_body)();
