@@ -78,21 +78,22 @@ sanitize:
 
 # The CUDA sources by g++ on an emulated machine, in place of the CPU's kernels. Reported as emulated.
 EMULATED := build/emulated
-EMULATE = C3A_EMULATE_CUDA=CPU $(INSTALL) --no-deps --target
 EMULATED_AT = C3A_EMULATED=1 $(call PACKAGE_OF,$(EMULATED)/$(1))
 
 emulated:
 	$(INSTALL) --no-deps $(CUDA_HEADERS)
-	rm -rf $(EMULATED)
-	$(EMULATE) $(EMULATED)/plain .
-	C3A_SANITIZE=address $(EMULATE) $(EMULATED)/address .
-	C3A_SANITIZE=thread $(EMULATE) $(EMULATED)/thread .
-	$(call EMULATED_AT,plain) $(PYTEST_THERE) tests/test_cuda.py tests/test_cuda_emulation.py \
+	$(MAKE) --jobs $(addprefix emulated-,OFF address thread)
+	$(call EMULATED_AT,OFF) $(PYTEST_THERE) tests/test_cuda.py tests/test_cuda_emulation.py \
 		tests/test_operator.py tests/test_errors.py tests/test_rules.py tests/test_linear.py \
 		tests/test_patch.py
-	C3A_EMULATION_SEED=1 $(call EMULATED_AT,plain) $(PYTEST_THERE) tests/test_cuda.py -k tiny
+	C3A_EMULATION_SEED=1 $(call EMULATED_AT,OFF) $(PYTEST_THERE) tests/test_cuda.py -k tiny
 	$(call EMULATED_AT,address) $(ADDRESS) $(PYTEST_THERE) tests/test_cuda.py tests/test_operator.py
 	$(call EMULATED_AT,thread) $(THREAD) $(PYTEST_THERE) tests/test_cuda.py -s -k "tiny or threads"
+
+emulated-%:
+	rm -rf $(EMULATED)/$*
+	C3A_EMULATE_CUDA=CPU C3A_SANITIZE=$* $(INSTALL) --no-deps --target $(EMULATED)/$* \
+		-Cbuild-dir=$(EMULATED)/tree-$* .
 
 mutants:
 	$(INSTALL) --no-deps $(CUDA_HEADERS)

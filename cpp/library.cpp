@@ -1,5 +1,5 @@
 // The schemas of the operators, for every device. Shapes and formulas: DESIGN.md, "The operator".
-// Implementations: aten.cpp and ../cuda/cuda.cu. Python rules: ../python/c3a/ops.py.
+// Implementations: cpu.cpp, aten.cpp and ../cuda/cuda.cpp. Python rules: ../python/c3a/ops.py.
 
 #include <torch/csrc/stable/library.h>
 

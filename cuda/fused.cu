@@ -236,18 +236,19 @@ Tile fused_tile(int64_t b, int64_t in_blocks, int64_t shared_bytes_per_block) {
 }
 
 void kernel_spectra(
-    int64_t b, const Numbers& in, float2* out, int64_t rows, float factor, cudaStream_t stream) {
+    int64_t b, const Numbers& in, float2* out, int64_t rows, float factor, const Device& device,
+    cudaStream_t stream) {
   const unsigned grid = static_cast<unsigned>((rows + kKernelRows - 1) / kKernelRows);
   with_log(b, [&](auto log) {
     const size_t bytes = kKernelRows * (sizeof(float2) << log);
-    allow_shared_memory(&transform_kernel<log>, bytes);
+    allow_shared_memory(&transform_kernel<log>, bytes, device.shared_bytes_per_block);
     C3A_LAUNCH(
         (transform_kernel<log>), grid, kThreads, bytes, stream, in, out, rows, factor,
         is_aligned(in.data));
   });
 }
 
-void fused(const Fused& problem, const Tile& tile, int multiprocessors, cudaStream_t stream) {
+void fused(const Fused& problem, const Tile& tile, const Device& device, cudaStream_t stream) {
   const int64_t tiles = (problem.tokens + tile.tokens - 1) / tile.tokens;
   const bool in_aligned = is_aligned(problem.in.data);
   const bool out_aligned = is_aligned(problem.out.data) && is_aligned(problem.base);
@@ -255,11 +256,11 @@ void fused(const Fused& problem, const Tile& tile, int multiprocessors, cudaStre
     // Few tiles do not fill the GPU: then each is transformed several times, for a part of the
     // output blocks each time.
     const int64_t groups = (problem.out_blocks + kGroup<log> - 1) / kGroup<log>;
-    const int64_t wanted = (2 * multiprocessors + tiles - 1) / tiles;
+    const int64_t wanted = (2 * device.multiprocessors + tiles - 1) / tiles;
     const dim3 grid(
         static_cast<unsigned>(tiles), static_cast<unsigned>(wanted < groups ? wanted : groups));
     const auto launch = [&](auto tokens) {
-      allow_shared_memory(&convolve<log, tokens>, tile.shared_bytes);
+      allow_shared_memory(&convolve<log, tokens>, tile.shared_bytes, device.shared_bytes_per_block);
       C3A_LAUNCH(
           (convolve<log, tokens>), grid, kThreads, tile.shared_bytes, stream, problem, in_aligned,
           out_aligned);

@@ -28,9 +28,11 @@ struct Numbers {
 // Whether this build has code that the current device can run.
 bool has_code();
 
-// out[e] = in[e] * factor
+// out[e] = in[e] * factor, and zeros from `size` to `padded_size`
 template <class Real>
-void load(const Numbers& in, Real* out, int64_t size, Real factor, cudaStream_t stream);
+void load(
+    const Numbers& in, Real* out, int64_t size, int64_t padded_size, Real factor,
+    cudaStream_t stream);
 
 // out[e] = base[e] + in[e] * factor, rounded once. `base` has out's type; null, it is zero. It may
 // be `out`.
@@ -68,6 +70,11 @@ void sum_parts(
     const Complex<Real>* in, Complex<Real>* out, int64_t size, int64_t parts, bool accumulate,
     cudaStream_t stream);
 
+struct Device {
+  int index, multiprocessors;
+  int64_t shared_bytes_per_block;
+};
+
 // The fused path: transform, product and inverse of a tile of tokens in one launch.
 //
 //   out[t, o] = base[t, o] + sum_i kernel_oi applied to in[t, i],   o < out_blocks, i < in_blocks
@@ -95,11 +102,12 @@ struct Fused {
 
 // out[row, slot] = factor * the spectrum of row `row` of `in`: rows * b numbers
 void kernel_spectra(
-    int64_t b, const Numbers& in, float2* out, int64_t rows, float factor, cudaStream_t stream);
+    int64_t b, const Numbers& in, float2* out, int64_t rows, float factor, const Device& device,
+    cudaStream_t stream);
 
 // What undoes the scaling of fft.h's transforms, as a factor of the kernel's spectra.
 inline float fused_factor(int64_t b) { return 0.25f / static_cast<float>(b); }
 
-void fused(const Fused& problem, const Tile& tile, int multiprocessors, cudaStream_t stream);
+void fused(const Fused& problem, const Tile& tile, const Device& device, cudaStream_t stream);
 
 }  // namespace c3a::cuda

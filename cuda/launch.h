@@ -36,14 +36,15 @@ inline void check_cuda(cudaError_t error, const char* call) {
 
 constexpr int kThreads = 256;
 
-// Shared memory beyond what every launch may have must be asked for.
+// Shared memory beyond what every launch may have must be asked for. Always for the most that the
+// device gives: another thread may be about to launch the same function with more than this one.
 template <class Function>
-void allow_shared_memory(Function* function, size_t bytes) {
+void allow_shared_memory(Function* function, size_t bytes, int64_t most) {
   constexpr size_t kAlwaysAllowed = 48 * 1024;
   if (bytes <= kAlwaysAllowed) return;
   C3A_CUDA_CHECK(cudaFuncSetAttribute(
       reinterpret_cast<const void*>(function), cudaFuncAttributeMaxDynamicSharedMemorySize,
-      static_cast<int>(bytes)));
+      static_cast<int>(most)));
 }
 
 }  // namespace c3a::cuda

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <type_traits>
 
 #include "kernels.h"
@@ -62,8 +63,11 @@ template <bool kWide, class F>
 inline void with_type(Element type, const F& f) {
   switch (type) {
     case Element::f64:
-      if constexpr (kWide) f(static_cast<double*>(nullptr));
-      return;
+      if constexpr (kWide) {
+        return f(static_cast<double*>(nullptr));
+      } else {
+        throw std::logic_error("c3a: float64 among numbers whose sums run in float32");
+      }
     case Element::f32: return f(static_cast<float*>(nullptr));
     case Element::bf16: return f(static_cast<__nv_bfloat16*>(nullptr));
     case Element::f16: return f(static_cast<__half*>(nullptr));

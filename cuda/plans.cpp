@@ -57,9 +57,23 @@ bool is_captured(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+// Making and destroying a plan allocates and frees: allowed by this while another thread captures a
+// graph, which does not concern it.
+class WhileOthersCapture {
+ public:
+  WhileOthersCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~WhileOthersCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  WhileOthersCapture(const WhileOthersCapture&) = delete;
+  WhileOthersCapture& operator=(const WhileOthersCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 }  // namespace
 
 Plan::Plan(const PlanKey& key) : key_(key) {
+  const WhileOthersCapture relaxed;
   long long length = key.length, reals = key.length, bins = key.length / 2 + 1;
   check_cufft(cufftCreate(&handle_), "cufftCreate", key);
   try {
@@ -81,7 +95,10 @@ Plan::Plan(const PlanKey& key) : key_(key) {
   }
 }
 
-Plan::~Plan() { cufftDestroy(handle_); }
+Plan::~Plan() {
+  const WhileOthersCapture relaxed;
+  cufftDestroy(handle_);
+}
 
 void Plan::execute(void* in, void* out, void* workspace, cudaStream_t stream) {
   const std::lock_guard lock(mutex_);
@@ -110,6 +127,7 @@ void Plan::execute(void* in, void* out, void* workspace, cudaStream_t stream) {
 
 std::shared_ptr<Plan> PlanCache::get(const PlanKey& key, cudaStream_t stream) {
   const bool captured = is_captured(stream);
+  std::list<Entry> evicted;  // destroyed after the lock is released
   const std::lock_guard lock(mutex_);
   const auto place = places_.find(key);
   if (place != places_.end()) {
@@ -120,7 +138,9 @@ std::shared_ptr<Plan> PlanCache::get(const PlanKey& key, cudaStream_t stream) {
       throw std::runtime_error(
           "c3a: a plan for " + describe(key) +
           " is needed while a CUDA graph is captured, and cuFFT cannot make one then: run the "
-          "operator once at this shape before the capture");
+          "operator once at this shape before the capture, and have room for all plans "
+          "(C3A_CUDA_PLANS, " +
+          std::to_string(capacity_) + " now)");
     }
     ++misses_;
     entries_.push_front({key, std::make_shared<Plan>(key)});
@@ -128,19 +148,21 @@ std::shared_ptr<Plan> PlanCache::get(const PlanKey& key, cudaStream_t stream) {
   }
   const std::shared_ptr<Plan> plan = entries_.front().plan;
   if (captured) plan->captured = true;
-  if (!captured) evict_to(capacity_);
+  if (!captured) evicted = evict_to(capacity_);
   return plan;
 }
 
-// Destroying a plan waits for the device, if it is not in use by another thread still.
-void PlanCache::evict_to(int64_t capacity) {
+std::list<PlanCache::Entry> PlanCache::evict_to(int64_t capacity) {
+  std::list<Entry> evicted;
   auto entry = entries_.end();
   while (static_cast<int64_t>(entries_.size()) > capacity && entry != entries_.begin()) {
     --entry;
     if (entry->plan->captured) continue;
     places_.erase(entry->key);
-    entry = entries_.erase(entry);
+    const auto gone = entry++;
+    evicted.splice(evicted.begin(), entries_, gone);
   }
+  return evicted;
 }
 
 PlanCacheFacts PlanCache::facts() {
@@ -157,14 +179,16 @@ void PlanCache::set_capacity(int64_t capacity) {
     throw std::runtime_error(
         "c3a: expected a plan cache capacity >= 1, got " + std::to_string(capacity));
   }
+  std::list<Entry> evicted;
   const std::lock_guard lock(mutex_);
   capacity_ = capacity;
-  evict_to(capacity_);
+  evicted = evict_to(capacity_);
 }
 
 void PlanCache::clear() {
+  std::list<Entry> evicted;
   const std::lock_guard lock(mutex_);
-  evict_to(0);
+  evicted = evict_to(0);
 }
 
 }  // namespace c3a::cuda

@@ -68,7 +68,8 @@ class PlanCache {
     PlanKey key;
     std::shared_ptr<Plan> plan;
   };
-  void evict_to(int64_t capacity);
+  // What was taken out; destroying a plan may wait for the device.
+  std::list<Entry> evict_to(int64_t capacity);
 
   std::mutex mutex_;
   int64_t capacity_, hits_ = 0, misses_ = 0;

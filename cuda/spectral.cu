@@ -23,7 +23,8 @@ unsigned grid_for(int64_t elements) {
 // Groups of 16 bytes if `aligned`, and one by one what is left.
 template <class Real, class T>
 __global__ void __launch_bounds__(kThreads, 1) load_numbers(
-    const T* __restrict__ in, Real* __restrict__ out, int64_t size, Real factor, bool aligned) {
+    const T* __restrict__ in, Real* __restrict__ out, int64_t size, int64_t padded_size,
+    Real factor, bool aligned) {
   constexpr int kGroup = Group<T>::kSize, kPieces = kGroup / Group<Real>::kSize;
   const int64_t groups = aligned ? size / kGroup : 0;
 #pragma unroll 1
@@ -43,6 +44,8 @@ __global__ void __launch_bounds__(kThreads, 1) load_numbers(
   for (int64_t e = groups * kGroup + first_element(); e < size; e += grid_stride()) {
     out[e] = widen<Real>(in[e]) * factor;
   }
+#pragma unroll 1
+  for (int64_t e = size + first_element(); e < padded_size; e += grid_stride()) out[e] = 0;
 }
 
 template <class T, class Real>
@@ -221,14 +224,16 @@ bool has_code() {
 }
 
 template <class Real>
-void load(const Numbers& in, Real* out, int64_t size, Real factor, cudaStream_t stream) {
+void load(
+    const Numbers& in, Real* out, int64_t size, int64_t padded_size, Real factor,
+    cudaStream_t stream) {
   constexpr bool wide = std::is_same_v<Real, double>;
   with_type<wide>(in.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool aligned = is_aligned(in.data) && is_aligned(out);
     C3A_LAUNCH(
-        (load_numbers<Real, T>), grid_for(ceil_div(size, Group<T>::kSize)), kThreads, 0, stream,
-        static_cast<const T*>(in.data), out, size, factor, aligned);
+        (load_numbers<Real, T>), grid_for(ceil_div(padded_size, Group<T>::kSize)), kThreads, 0,
+        stream, static_cast<const T*>(in.data), out, size, padded_size, factor, aligned);
   });
 }
 
@@ -285,7 +290,7 @@ void sum_parts(
 }
 
 #define C3A_INSTANTIATE(Real)                                                                   \
-  template void load(const Numbers&, Real*, int64_t, Real, cudaStream_t);                       \
+  template void load(const Numbers&, Real*, int64_t, int64_t, Real, cudaStream_t);              \
   template void store(const Real*, const void*, const Numbers&, int64_t, Real, cudaStream_t);   \
   template void product<Real>(                                                                  \
       const Complex<Real>*, const Factor&, const Complex<Real>*, const Factor&, Complex<Real>*, \

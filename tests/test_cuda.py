@@ -6,6 +6,9 @@ On a GPU with ``--device cuda``; elsewhere on the emulated machine of ``tests/cu
 
 import ctypes
 import os
+import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -172,15 +175,23 @@ def test_the_base_may_have_another_dtype(base_dtype, x_dtype, device):
     assert relative_error(got.cpu(), exact) < TOLERANCE[base_dtype]
 
 
-@pytest.mark.parametrize("b", [6, 7, 32, 64])
-@pytest.mark.parametrize("path", ["fused", "cufft"])
-def test_a_tokens_result_has_the_same_bits_in_any_batch(b, path, device):
+@pytest.mark.parametrize(
+    ("path", "b"), [("fused", 32), ("fused", 64), ("cufft", 6), ("cufft", 7), ("cufft", 64)]
+)
+def test_a_tokens_result_does_not_depend_on_its_batch(path, b, device):
+    """To the bit on the fused path; cuFFT promises no equal bits for batches of other sizes."""
     _C.set_cuda_path(path)
     x, w, g = operands((21,), 3, 2, b, dtype=torch.float32, device=device)
     y, dx = OPS.block_circ_conv(x, w), OPS.block_circ_conv_input_grad(g, w)
     for t in (0, 7, 8, 20):
-        assert torch.equal(OPS.block_circ_conv(x[t], w), y[t])
-        assert torch.equal(OPS.block_circ_conv_input_grad(g[t], w), dx[t])
+        for alone, whole in (
+            (OPS.block_circ_conv(x[t], w), y[t]),
+            (OPS.block_circ_conv_input_grad(g[t], w), dx[t]),
+        ):
+            if path == "fused":
+                assert torch.equal(alone, whole)
+            else:
+                assert relative_error(alone.cpu(), whole.cpu()) < TOLERANCE[torch.float32]
 
 
 def test_a_thread_block_goes_through_several_groups_of_output_blocks(device):
@@ -228,12 +239,11 @@ def test_chunks_of_tokens_give_the_same_results(b, dtype, device):
     _C.set_cuda_path("cufft")
     x, w, g = operands((23,), 2, 3, b, dtype=dtype, device=device)
     whole = every_product(x, w, g)
-    # Room for the spectra of both sides, twice, of five tokens: chunks of 5, 5, 5, 5 and 3.
+    # Room for five tokens: spectra of 2 and of 3 blocks, and twice those of 3. 5, 5, 5, 5 and 3.
     complex_bytes = 16 if dtype == torch.float64 else 8
-    _C.set_cuda_temporary_limit(5 * 2 * (2 + 3) * (b // 2 + 1) * complex_bytes)
-    for i, (got, exact) in enumerate(zip(every_product(x, w, g), whole, strict=True)):
-        # All but the kernel gradient in the same bits; that is summed chunk by chunk.
-        assert torch.equal(got, exact) or (i == 2 and relative_error(got, exact) < TOLERANCE[dtype])
+    _C.set_cuda_temporary_limit(5 * (2 + 3 + 2 * 3) * (b // 2 + 1) * complex_bytes)
+    for got, exact in zip(every_product(x, w, g), whole, strict=True):
+        assert relative_error(got.cpu(), exact.cpu()) < TOLERANCE[dtype]
 
 
 def test_the_limit_decides_how_many_chunks_there_are(device, machine):
@@ -246,7 +256,7 @@ def test_the_limit_decides_how_many_chunks_there_are(device, machine):
         return sum("cufftExecR2C" in event for event in machine.events())
 
     assert transforms() == 1 + 1  # the kernel's and the activations'
-    per_token = 2 * (2 + 3) * 4 * 8
+    per_token = (2 + 3 + 2 * 3) * 4 * 8
     for tokens, chunks in ((12, 2), (11, 3), (5, 5), (1, 23)):
         _C.set_cuda_temporary_limit(tokens * per_token)
         assert transforms() == 1 + chunks
@@ -303,7 +313,9 @@ def test_paths_can_be_forced_and_names_are_checked(device, machine):
         _C.set_cuda_path(path)
         assert _C.cuda_path() == path
         assert launched(machine, x, w) == ("cufft" if path == "cufft" else "fused")
-    with pytest.raises(RuntimeError, match="expected the CUDA path auto, fused or cufft, got fast"):
+    with pytest.raises(
+        RuntimeError, match="expected the CUDA path to be auto, fused or cufft, got fast"
+    ):
         _C.set_cuda_path("fast")
     assert _C.cuda_path() == "auto"
 
@@ -337,6 +349,18 @@ def test_plans_are_kept_by_length_batch_and_type(device):
     assert len(kept()) == 9
     _C.clear_cuda_plan_cache()
     assert kept() == set()
+
+
+def test_batches_of_similar_sizes_share_plans(device):
+    _C.set_cuda_path("cufft")
+    _C.clear_cuda_plan_cache()
+    for tokens in range(129, 257):
+        OPS.block_circ_conv_kernel_grad(
+            *(torch.ones(tokens, 3, device=device, dtype=torch.bfloat16) for _ in range(2)), 3
+        )
+    assert len({batch for _, batch, kind in kept() if kind == "R2C"}) == 8
+    for tokens in (15, 16, 17, 31, 33, 100):
+        assert_right(*operands((tokens,), 1, 2, 5, dtype=torch.float32, device=device))
 
 
 def test_the_least_recently_used_plans_are_dropped(device):
@@ -384,6 +408,25 @@ def test_threads_share_the_cache(device):
     assert len(results) == 4 * 8
     assert all(torch.equal(result, expected[case]) for case, result in results)
     assert len(kept()) <= 3
+
+
+def test_threads_launch_the_fused_path_with_different_amounts_of_shared_memory(device):
+    _C.set_cuda_path("fused")
+    cases = [operands((2,), 1, n, 256, dtype=torch.float32, device=device) for n in (1, 4, 8, 16)]
+    expected = [OPS.block_circ_conv(x, w) for x, w, _ in cases]
+    results = []
+
+    def work(case):
+        for _ in range(6):
+            results.append((case, OPS.block_circ_conv(*cases[case][:2])))
+
+    threads = [threading.Thread(target=work, args=(case,)) for case in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 6 * len(cases)
+    assert all(torch.equal(result, expected[case]) for case, result in results)
 
 
 def test_a_plan_that_a_graph_captured_is_never_dropped(device, machine):
@@ -493,28 +536,44 @@ def test_an_unsupported_device_is_named(facts, device, machine):
         run_cufft(2, 6, device)
 
 
-def test_settings_start_from_the_environment(device):
-    import subprocess
-    import sys
-
-    code = (
-        "from c3a import _C; print(_C.cuda_path(), _C.cuda_temporary_limit(), end=' ');"
-        "print(_C.cuda_plan_cache()['capacity'])"
+def in_another_process(code: str, **environment) -> str:
+    options = ["-S"] if sys.flags.no_site else []
+    run = subprocess.run(
+        [sys.executable, *options, "-c", f"import torch, c3a; from c3a import _C; {code}"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
+    assert run.returncode >= 0, run.stderr
+    return (run.stdout + run.stderr).strip().splitlines()[-1]
+
+
+def test_settings_start_from_the_environment(device):
+    facts = "_C.cuda_path(), _C.cuda_temporary_limit(), _C.cuda_plan_cache()['capacity']"
     settings = {"C3A_CUDA_PATH": "cufft", "C3A_CUDA_TEMPORARY_MIB": "3", "C3A_CUDA_PLANS": "7"}
+    assert in_another_process(f"print({facts})", **settings) == f"cufft {3 << 20} 7"
 
-    def run(**environment):
-        return subprocess.run(
-            [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", "import c3a;" + code],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-        )
 
-    assert run(**settings).stdout.split() == ["cufft", str(3 << 20), "7"]
-    wrong = run(C3A_CUDA_PATH="fast")
-    assert wrong.returncode != 0
-    assert "expected the CUDA path auto, fused or cufft, got fast" in wrong.stderr
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("C3A_CUDA_PATH", "fast", "expected C3A_CUDA_PATH to be auto, fused or cufft, got fast"),
+        (
+            "C3A_CUDA_PLANS",
+            "",
+            "expected C3A_CUDA_PLANS to be a number from 1 to 1073741824, got ''",
+        ),
+        ("C3A_CUDA_TEMPORARY_MIB", "1e3", "C3A_CUDA_TEMPORARY_MIB to be a number .* got '1e3'"),
+    ],
+)
+def test_a_wrong_setting_is_named_at_first_use_and_not_before(variable, value, said, machine):
+    # CPU tensors are the emulated machine's only where there is no CUDA build of torch.
+    where = "cuda" if torch.version.cuda else "cpu"
+    tensors = f"torch.empty(2, 4, device='{where}'), torch.empty(1, 1, 4, device='{where}')"
+    use = f"c3a.block_circ_conv({tensors})"
+    for code in (use, "_C.cuda_path()"):
+        assert re.search(said, in_another_process(code, **{variable: value}))
+    assert in_another_process("print('imported')", **{variable: value}) == "imported"
 
 
 # What only a GPU has

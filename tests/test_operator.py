@@ -145,6 +145,19 @@ def test_a_kernel_gradient_is_not_rounded_to_the_dtype_of_the_activations(device
     assert relative_error(dw.cpu(), expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("b", [6, 32])
+def test_a_result_may_be_wider_than_its_operands(b, device):
+    x, w, g = operands((9,), 2, 3, b, device=device)
+    x, g = x.float(), g.float()
+    expected = dense_results(x, w, g)[2]
+    dw = OPS.block_circ_conv_kernel_grad(g, x, b, torch.float64)
+    w.requires_grad_()
+    (through_autograd,) = torch.autograd.grad(c3a.block_circ_conv(x, w), w, g)
+    for got in (dw, through_autograd):
+        assert got.dtype == torch.float64
+        assert relative_error(got.cpu(), expected) < TOLERANCE[torch.float32]
+
+
 def test_layout_of_the_operands_does_not_matter(device):
     x, w, g = operands((6, 4), 2, 3, 8, device=device)
     y, (dx, dw) = OPS.block_circ_conv(x, w), OPS.block_circ_conv_backward(g, x, w)

@@ -119,6 +119,22 @@ def test_a_torch_of_another_cuda_major_is_told_so_and_the_cpu_keeps_working(tmp_
     assert loaded == ["libc3a_cpu.so"]
 
 
+def test_a_cuda_library_that_does_not_load_is_told_so_and_the_cpu_keeps_working(
+    tmp_path, monkeypatch
+):
+    def load(path):
+        if "cuda" in path.name:
+            raise OSError("libcufft.so.12: cannot open shared object file")
+
+    for name in ("libc3a_cpu.so", "libc3a_cuda13.so"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(_library, "_FOLDERS", [tmp_path])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    with pytest.warns(UserWarning, match="libcufft.so.12: cannot open.*torch's own FFTs"):
+        _library._load()
+
+
 def test_the_core_needs_torch_and_safetensors_only():
     """Import the package with nothing else of the extras at hand."""
     code = """

@@ -37,8 +37,11 @@ def _load() -> None:
     torch.ops.load_library(found[0])
     cuda, reason = cuda_library()
     if cuda is not None:
-        torch.ops.load_library(cuda)
-    elif torch.version.cuda is not None and _libraries("libc3a_cuda*.so"):
+        try:
+            torch.ops.load_library(cuda)
+        except OSError as error:  # what it takes from torch's CUDA libraries is not there
+            cuda, reason = None, str(error)
+    if cuda is None and torch.version.cuda is not None and _libraries("libc3a_cuda*.so"):
         warnings.warn(
             f"c3a: {reason}; CUDA tensors go through torch's own FFTs, several times slower",
             stacklevel=2,

@@ -51,7 +51,7 @@ def _place(w: Tensor) -> tuple[int, int]:
 
 def kept_spectra(w: Tensor, dtype: torch.dtype, transposed: bool, scale: float) -> Tensor | None:
     """Return the spectra of ``w``, kept or computed; None where the CPU's kernels have none."""
-    if w.device.type != "cpu" or w.is_inference():
+    if w.is_inference():
         return None
     place, facts = _place(w), (w._version, w.dtype, w.shape, w.stride())
     kept = _KEPT.get(place)
@@ -80,6 +80,8 @@ def apply(
     ``in_place`` writes into ``base``. None where a call is not for this, bad operands included: the
     operators themselves have the messages. Runs below autograd.
     """
+    if w.device.type != "cpu":
+        return None
     operands = (a, w) if base is None else (a, w, base)
     if not is_plain(*operands) or w.dim() != 3 or not all(w.shape) or a.dim() == 0:
         return None

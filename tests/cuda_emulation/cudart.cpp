@@ -175,6 +175,11 @@ C3A_DOUBLE cudaError_t cudaStreamIsCapturing(cudaStream_t which, cudaStreamCaptu
   *status = is_capturing(which) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
+C3A_DOUBLE cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
+  std::swap(*mode, current);
+  return cudaSuccess;
+}
 C3A_DOUBLE cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
   last_error = cudaSuccess;

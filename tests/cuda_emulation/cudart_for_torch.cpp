@@ -258,9 +258,6 @@ C3A_DOUBLE cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 C3A_DOUBLE cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
   return cudaSuccess;
 }
-C3A_DOUBLE cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
-  return cudaSuccess;
-}
 C3A_DOUBLE cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long*, cudaGraph_t*,
     const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {

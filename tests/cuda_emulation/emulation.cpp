@@ -214,11 +214,11 @@ void launch(
   const bool right_grid = grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535 &&
                           grid.z >= 1 && grid.z <= 65535;
   if (!right_threads || !right_grid) return set_error(cudaErrorInvalidConfiguration);
-  if (shared_bytes > allowed_shared_bytes(function)) return set_error(cudaErrorInvalidValue);
   check_stream(std::string("launch of ") + name, stream);
   note(std::string(name) + " " + std::to_string(grid.x) + " x " + std::to_string(grid.y));
 
   const std::lock_guard lock(one_launch_at_a_time);
+  if (shared_bytes > allowed_shared_bytes(function)) return set_error(cudaErrorInvalidValue);
   static const char* const seed = std::getenv("C3A_EMULATION_SEED");
   std::minstd_rand random(seed ? std::atoi(seed) : 0);
   // Exactly as large as was asked for: what lies beyond belongs to the sanitizer.

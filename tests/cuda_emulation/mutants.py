@@ -159,6 +159,20 @@ MUTANTS = [
         "chunks_of_tokens",
     ),
     Mutant(
+        "rows that fill up a batch are not zero",
+        "cuda/spectral.cu",
+        "e < padded_size; e += grid_stride()) out[e] = 0;",
+        "e < size; e += grid_stride()) out[e] = 0;",
+        "similar_sizes",
+    ),
+    Mutant(
+        "a function's shared memory is what the last thread asked for",
+        "cuda/launch.h",
+        "static_cast<int>(most)",
+        "static_cast<int>(most < 0 ? most : bytes)",
+        "different_amounts",
+    ),
+    Mutant(
         "too little shared memory is asked for",
         "cuda/fused.cu",
         "return (in_blocks + group) * tokens",
@@ -273,10 +287,10 @@ MUTANTS = [
     Mutant(
         "real numbers that are not aligned to complex ones",
         "cuda/cuda.cpp",
-        "a.type == type && factor == 1 &&\n"
+        "a.type == type && factor == 1 && given == rows &&\n"
         "                          reinterpret_cast<uintptr_t>(a.data) % "
         "sizeof(Complex<Real>) == 0;",
-        "a.type == type && factor == 1;",
+        "a.type == type && factor == 1 && given == rows;",
         "need_not_be_aligned",
     ),
     Mutant(
@@ -289,7 +303,7 @@ MUTANTS = [
     Mutant(
         "a cache without a bound",
         "cuda/plans.cpp",
-        "if (!captured) evict_to(capacity_);",
+        "if (!captured) evicted = evict_to(capacity_);",
         "",
         "least_recently",
     ),
@@ -351,7 +365,8 @@ class Workshop:
             *(f"-DC3A_SANITIZE={sanitizer}", "-DCMAKE_BUILD_TYPE=Release"),
             *(f"-DPython_EXECUTABLE={sys.executable}",),
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            "-DCMAKE_CXX_FLAGS=-Wno-unused-parameter",  # which mutants may leave behind
+            # which mutants may leave behind
+            "-DCMAKE_CXX_FLAGS=-Wno-unused-parameter -Wno-unused-variable",
         ]
         if not tree.exists():
             subprocess.run(configure, check=True, capture_output=True)
@@ -448,6 +463,9 @@ def main() -> int:
         start = time.monotonic()
         try:
             run = workshop.try_mutant(mutant, mutant.sanitizer, mutant.tests)
+        except RuntimeError as error:
+            survivors.append(f"{mutant.what}: {error}")
+            return
         finally:
             workshops.put(workshop)
         # 5: no test was selected
