@@ -58,7 +58,7 @@ Tensor contract(Product product, const Tensor& a_hat, const Tensor& b_hat, doubl
 void Aten::run(
     const Problem& p, Product product, const Tensor& a, const Tensor& b, double scale,
     const Tensor* base, Tensor& out) {
-  const ScalarType type = compute_type({a, b});
+  const ScalarType type = compute_type({a, b, out});
   const int64_t a_blocks = product == Product::forward ? p.n : p.m;
   const int64_t b_rows = product == Product::kernel_grad ? p.tokens : p.m;
   const Tensor a_hat = spectra(a, type, p.tokens, a_blocks, p.b);

@@ -442,7 +442,7 @@ struct Cpu {
       const Tensor* base, Tensor& out) {
     const auto plan = plan_of(p);
     if (!plan) return Aten::run(p, product, a, b, scale, base, out);
-    const bool is_float = compute_type({a, b, base ? *base : a}) == ScalarType::Float;
+    const bool is_float = compute_type({a, b, out}) == ScalarType::Float;
     const auto run = is_float ? &run_in<float> : &run_in<double>;
     run(p, *plan, product, a, b, scale, base, out);
   }

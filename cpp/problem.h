@@ -66,9 +66,10 @@ inline bool is_supported(ScalarType type) {
          type == ScalarType::Half;
 }
 
-// Sums run in float64 when an operand is float64, in float32 otherwise; results round once.
-inline ScalarType compute_type(std::initializer_list<Tensor> operands) {
-  for (const Tensor& t : operands) {
+// Sums run in float64 when an operand or the result is float64, in float32 otherwise; results round
+// once.
+inline ScalarType compute_type(std::initializer_list<Tensor> operands_and_results) {
+  for (const Tensor& t : operands_and_results) {
     if (t.scalar_type() == ScalarType::Double) return ScalarType::Double;
   }
   return ScalarType::Float;
