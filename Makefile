@@ -93,7 +93,7 @@ emulated:
 emulated-%:
 	rm -rf $(EMULATED)/$*
 	C3A_EMULATE_CUDA=CPU C3A_SANITIZE=$* $(INSTALL) --no-deps --target $(EMULATED)/$* \
-		-Cbuild-dir=$(EMULATED)/tree-$* .
+		--config-settings=build-dir=$(EMULATED)/tree-$* .
 
 mutants:
 	$(INSTALL) --no-deps $(CUDA_HEADERS)
