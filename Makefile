@@ -82,7 +82,7 @@ EMULATED_AT = C3A_EMULATED=1 $(call PACKAGE_OF,$(EMULATED)/$(1))
 
 emulated:
 	$(INSTALL) --no-deps $(CUDA_HEADERS)
-	$(MAKE) --jobs $(addprefix emulated-,OFF address thread)
+	$(MAKE) --jobs 2 $(addprefix emulated-,OFF address thread)
 	$(call EMULATED_AT,OFF) $(PYTEST_THERE) tests/test_cuda.py tests/test_cuda_emulation.py \
 		tests/test_operator.py tests/test_errors.py tests/test_rules.py tests/test_linear.py \
 		tests/test_patch.py

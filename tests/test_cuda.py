@@ -410,6 +410,15 @@ def test_threads_share_the_cache(device):
     assert len(kept()) <= 3
 
 
+def test_a_functions_limit_of_shared_memory_is_the_same_for_every_launch(device, machine):
+    """Between one thread's setting it and its launch, another thread may set it."""
+    _C.set_cuda_path("fused")
+    for n in (8, 16):
+        OPS.block_circ_conv(*operands((2,), 1, n, 256, dtype=torch.float32, device=device)[:2])
+    limits = {event for event in machine.events() if event.startswith("shared memory limit")}
+    assert limits == {f"shared memory limit {227 << 10}"}
+
+
 def test_threads_launch_the_fused_path_with_different_amounts_of_shared_memory(device):
     _C.set_cuda_path("fused")
     cases = [operands((2,), 1, n, 256, dtype=torch.float32, device=device) for n in (1, 4, 8, 16)]

@@ -159,6 +159,7 @@ cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int valu
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > shared_bytes) {
     return fail(cudaErrorInvalidValue);
   }
+  note("shared memory limit " + std::to_string(value));
   const std::lock_guard lock(mutex);
   shared_limits[function] = value;
   return cudaSuccess;

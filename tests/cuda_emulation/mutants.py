@@ -170,7 +170,7 @@ MUTANTS = [
         "cuda/launch.h",
         "static_cast<int>(most)",
         "static_cast<int>(most < 0 ? most : bytes)",
-        "different_amounts",
+        "limit_of_shared_memory",
     ),
     Mutant(
         "too little shared memory is asked for",
