@@ -30,17 +30,19 @@ CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda
 	nvidia-cuda-cccl==13.0.85
 CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
-.PHONY: help finetune test levels sanitize emulated mutants emulated-torch aarch64 lint format bench \
-	cuda gpu
+.PHONY: help finetune test levels fuzz sanitize emulated mutants emulated-torch torches aarch64 lint \
+	format bench cuda gpu
 
 help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
 	@echo "make test       set up, then check formatting and run every test"
 	@echo "make levels     the tests at the CPU's other instruction sets (after make test)"
+	@echo "make fuzz       compare random calls with the definition, and 8 threads at once (after make test)"
 	@echo "make sanitize   the CPU kernels' tests under AddressSanitizer and UBSan (after make test)"
 	@echo "make emulated   the CUDA sources' tests without a GPU, plain and sanitized (after make test)"
 	@echo "make mutants    break the CUDA sources in many places: do those tests notice? (after make test)"
 	@echo "make emulated-torch   the tests with --device cuda in a CUDA torch without a driver (5.5 GB)"
+	@echo "make torches    build with the oldest and the newest torch, and run the tests (2 x 5.5 GB)"
 	@echo "make aarch64    compile the CPU library for aarch64 (after make test)"
 	@echo "make bench      set up, then time the operator against its peers"
 	@echo "make cuda       rebuild with the CUDA library and look at its machine code (needs nvcc 13)"
@@ -66,13 +68,22 @@ levels:
 	C3A_CPU_LEVEL=x86-64-v2 $(PY) -m pytest --ignore tests/test_cli.py
 	C3A_CPU_LEVEL=aten $(PY) -m pytest tests/test_operator.py tests/test_rules.py tests/test_linear.py
 
+# SECONDS of random calls from SEED on, at every instruction set, and of 8 threads.
+SECONDS ?= 600
+SEED ?= $$(date +%s)
+
+fuzz:
+	for level in x86-64-v4 x86-64-v3 x86-64-v2 aten; do \
+		C3A_CPU_LEVEL=$$level $(PY) tests/fuzz.py --seconds $(SECONDS) --seed $(SEED) || exit 1; done
+	$(PY) tests/stress.py --seconds $(SECONDS)
+
 SANITIZED := build/sanitized
 WATCHED = $(call PACKAGE_OF,$(SANITIZED)) $(ADDRESS) $(PYTEST_THERE)
 
 sanitize:
 	rm -rf $(SANITIZED)
 	C3A_SANITIZE=address C3A_CUDA=OFF C3A_PYBIND=OFF $(INSTALL) --no-deps --target $(SANITIZED) .
-	$(WATCHED) tests/test_cpu.py tests/test_operator.py tests/test_spectra.py
+	$(WATCHED) tests/test_cpu.py tests/test_operator.py tests/test_prepared.py
 	C3A_CPU_LEVEL=x86-64-v3 $(WATCHED) tests/test_cpu.py
 	C3A_CPU_LEVEL=x86-64-v2 $(WATCHED) tests/test_cpu.py
 
@@ -84,8 +95,8 @@ emulated:
 	$(INSTALL) --no-deps $(CUDA_HEADERS)
 	$(MAKE) --jobs 2 $(addprefix emulated-,OFF address thread)
 	$(call EMULATED_AT,OFF) $(PYTEST_THERE) tests/test_cuda.py tests/test_cuda_emulation.py \
-		tests/test_operator.py tests/test_errors.py tests/test_rules.py tests/test_linear.py \
-		tests/test_patch.py
+		tests/test_operator.py tests/test_errors.py tests/test_rules.py tests/test_prepared.py \
+		tests/test_linear.py tests/test_patch.py
 	C3A_EMULATION_SEED=1 $(call EMULATED_AT,OFF) $(PYTEST_THERE) tests/test_cuda.py -k tiny
 	$(call EMULATED_AT,address) $(ADDRESS) $(PYTEST_THERE) tests/test_cuda.py tests/test_operator.py
 	$(call EMULATED_AT,thread) $(THREAD) $(PYTEST_THERE) tests/test_cuda.py -s -k "tiny or threads"
@@ -112,6 +123,24 @@ emulated-torch:
 		tests/test_operator.py tests/test_errors.py tests/test_rules.py tests/test_linear.py \
 		tests/test_patch.py
 
+# The operators' tests with the oldest torch, whose headers lack what newer ones have; every test with
+# the newest.
+OLDEST_TORCH := torch==2.10.0
+NEWEST_TORCH := torch==2.15.0
+OPERATORS := tests/test_operator.py tests/test_rules.py tests/test_errors.py tests/test_cpu.py \
+	tests/test_prepared.py tests/test_private.py
+
+torches:
+	$(MAKE) torch-oldest TORCH=$(OLDEST_TORCH) EXTRA='pytest numpy scipy' TESTS='$(OPERATORS)'
+	$(MAKE) torch-newest TORCH=$(NEWEST_TORCH) EXTRA='.[test]' TESTS=
+
+torch-%:
+	test -d build/$@ || $(PYTHON) -m venv build/$@
+	build/$@/bin/python -m pip install --quiet $(TORCH)
+	C3A_CUDA=OFF build/$@/bin/python -m pip install --quiet --force-reinstall --no-deps .
+	build/$@/bin/python -m pip install --quiet $(EXTRA) safetensors
+	build/$@/bin/python -m pytest $(TESTS)
+
 # Another compiler for another machine; nothing of it runs here.
 AARCH64 = $(PY) -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -Wall -Wextra -Werror \
 	-DC3A_LEVEL=native -DTORCH_TARGET_VERSION=0x020a000000000000ULL -fPIC -c -o build/aarch64.o \
@@ -120,7 +149,7 @@ AARCH64 = $(PY) -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -Wall -W
 aarch64:
 	$(INSTALL) ziglang
 	mkdir -p build
-	for file in cpp/library.cpp cpp/aten.cpp cpp/cpu.cpp cpp/cpu_kernel.cpp cpp/cpu_plan.cpp; do \
+	for file in cpp/library.cpp cpp/aten.cpp cpp/same_bits.cpp cpp/cpu.cpp cpp/cpu_kernel.cpp cpp/cpu_plan.cpp; do \
 		$(AARCH64) $$file || exit 1; done
 
 lint:

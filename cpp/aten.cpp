@@ -1,9 +1,9 @@
-//   A^ = rfft(a): (rows, blocks, b) -> (bins, rows, blocks), then the row of Product's table that
-//   is asked for, then irfft back. Spectra are ATen complex tensors; sums run in compute_type().
+//   a^ = rfft(a): (rows, blocks, b) -> (bins, rows, blocks), a product per bin, then irfft back.
+//
+// Spectra are ATen complex tensors; a kernel's are (bins, m, n), prepared ones too, as pairs of
+// real numbers at the front of what is given for them.
 
 #include "aten.h"
-
-#include "dispatch.h"
 
 namespace c3a {
 namespace {
@@ -23,6 +23,19 @@ Tensor spectra(const Tensor& a, ScalarType type, int64_t rows, int64_t blocks, i
   return torch::stable::contiguous(call_aten("aten::permute", a_hat, Dims{2, 0, 1}));
 }
 
+Tensor scaled(const Tensor& a_hat, double scale) {
+  if (scale == 1) return a_hat;
+  const Tensor factor = torch::stable::full({}, scale, ScalarType::Double);
+  return call_aten("aten::mul.Tensor", a_hat, factor);
+}
+
+// A kernel's spectra (bins, m, n), or those of the transposed matrix: w is (n, m, b) then.
+Tensor kernel_spectra(
+    const Problem& p, const Tensor& w, ScalarType type, bool transposed, double scale) {
+  if (!transposed) return scaled(spectra(w, type, p.m, p.n, p.b), scale);
+  return adjoint(scaled(spectra(w, type, p.n, p.m, p.b), scale));
+}
+
 // (bins, rows, blocks), complex -> `out`, which holds rows * blocks * b numbers, onto `base` if
 // given
 void inverse(const Tensor& a_hat, int64_t b, const Tensor* base, Tensor& out) {
@@ -37,44 +50,41 @@ void inverse(const Tensor& a_hat, int64_t b, const Tensor* base, Tensor& out) {
   }
 }
 
-// `scale` goes to the factor or the result that has a kernel's size.
-Tensor contract(Product product, const Tensor& a_hat, const Tensor& b_hat, double scale) {
-  const auto adjoint_of = [](const Tensor& t) { return torch::stable::contiguous(adjoint(t)); };
-  const auto scaled = [scale](const Tensor& kernel_hat) {
-    if (scale == 1) return kernel_hat;
-    const Tensor factor = torch::stable::full({}, scale, ScalarType::Double);
-    return call_aten("aten::mul.Tensor", kernel_hat, factor);
-  };
-  switch (product) {
-    case Product::forward: return torch::stable::matmul(a_hat, adjoint_of(scaled(b_hat)));
-    case Product::input_grad: return torch::stable::matmul(a_hat, scaled(b_hat));
-    case Product::kernel_grad: return scaled(torch::stable::matmul(adjoint_of(a_hat), b_hat));
-  }
-  throw std::logic_error("c3a: unknown product");
-}
+Tensor adjoint_of(const Tensor& t) { return torch::stable::contiguous(adjoint(t)); }
 
 }  // namespace
 
-void Aten::run(
-    const Problem& p, Product product, const Tensor& a, const Tensor& b, double scale,
-    const Tensor* base, Tensor& out) {
-  const ScalarType type = compute_type({a, b, out});
-  const int64_t a_blocks = product == Product::forward ? p.n : p.m;
-  const int64_t b_rows = product == Product::kernel_grad ? p.tokens : p.m;
-  const Tensor a_hat = spectra(a, type, p.tokens, a_blocks, p.b);
-  const Tensor b_hat = spectra(b, type, b_rows, p.n, p.b);
-  inverse(contract(product, a_hat, b_hat, scale), p.b, base, out);
+void Aten::convolve(const Convolution& c) {
+  const Problem& p = c.p;
+  const ScalarType type = compute_type({c.in, c.kernel, c.out});
+  const Tensor w_hat = c.form == Form::prepared
+                           ? prepared_bins(p, readable(c.kernel), 0)
+                           : kernel_spectra(p, c.kernel, type, c.form == Form::transposed, c.scale);
+  const Tensor in_hat = spectra(c.in, type, p.tokens, p.n, p.b);
+  inverse(torch::stable::matmul(in_hat, adjoint_of(w_hat)), p.b, c.base, c.out);
 }
 
-void Aten::backward(
-    const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
-    Tensor& dw) {
-  const ScalarType type = compute_type({g, x, w});
-  const Tensor g_hat = spectra(g, type, p.tokens, p.m, p.b);
-  const Tensor w_hat = spectra(w, type, p.m, p.n, p.b);
-  inverse(contract(Product::input_grad, g_hat, w_hat, scale), p.b, nullptr, dx);
-  const Tensor x_hat = spectra(x, type, p.tokens, p.n, p.b);
-  inverse(contract(Product::kernel_grad, g_hat, x_hat, scale), p.b, nullptr, dw);
+void Aten::gradients(const Gradients& c) {
+  const Problem& p = c.p;
+  const ScalarType type = c.w ? compute_type({c.g, c.x, *c.w}) : compute_type({c.g, c.x, c.dw});
+  const Tensor g_hat = spectra(c.g, type, p.tokens, p.m, p.b);
+  if (c.dx) {
+    const Tensor w_hat = kernel_spectra(p, *c.w, type, /* transposed= */ false, c.scale);
+    inverse(torch::stable::matmul(g_hat, w_hat), p.b, nullptr, *c.dx);
+  }
+  const Tensor x_hat = spectra(c.x, type, p.tokens, p.n, p.b);
+  const Tensor dw_hat = torch::stable::matmul(adjoint_of(g_hat), x_hat);
+  inverse(scaled(dw_hat, c.scale), p.b, nullptr, c.dw);
+}
+
+void Aten::prepare(const Preparation& c) {
+  const Problem one = c.transposed ? c.p.transposed() : c.p;
+  Tensor kernels = torch::stable::reshape(c.w, {c.p.tokens, c.p.m * c.p.n * c.p.b});
+  for (int64_t kernel = 0; kernel < c.p.tokens; ++kernel) {
+    const Tensor w = torch::stable::narrow(kernels, 0, kernel, 1);
+    Tensor to = prepared_bins(one, c.out, kernel);
+    torch::stable::copy_(to, kernel_spectra(one, w, c.out.scalar_type(), c.transposed, c.scale));
+  }
 }
 
 }  // namespace c3a

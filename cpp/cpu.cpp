@@ -77,32 +77,18 @@ const Kernel<double>& kernel() {
   return in_use().level->f64;
 }
 
-Element element(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double: return Element::f64;
-    case ScalarType::Float: return Element::f32;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    default: throw std::logic_error("c3a: dtype was not checked");
-  }
-}
-
-int64_t size_of(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
-
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // A tensor of (rows, blocks * b) numbers, as signals by row and block.
 struct Blocked {
   char* data;
-  ScalarType type;
+  Element type;
   int64_t row, block;
 
   Blocked(const Tensor& t, int64_t blocks, int64_t b)
-      : data(static_cast<char*>(t.data_ptr())), type(t.scalar_type()), row(blocks * b), block(b) {}
+      : data(static_cast<char*>(t.data_ptr())), type(element_of(t)), row(blocks * b), block(b) {}
 
-  char* at(int64_t r, int64_t i) const { return data + (r * row + i * block) * size_of(type); }
+  char* at(int64_t r, int64_t i) const { return data + (r * row + i * block) * bytes_of(type); }
   Range range(int64_t r, int64_t count) const {
     return {at(r, 0), at(r + std::max<int64_t>(count, 0), 0)};
   }
@@ -143,74 +129,50 @@ void parallel(
       0, count, grain, [&](int64_t begin, int64_t end) { f(begin, end, workspace.take()); });
 }
 
+// The products of one problem, y = x W^H with n blocks in and m out, tile by tile. A kernel's
+// spectra lie as (slots, n, m) complex numbers, real parts of all m before the imaginary ones.
 template <class T>
-class Call {
+class Tiles {
  public:
   static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
-  Call(const Problem& problem, const Plan& plan, const Tensor& like)
+  Tiles(const Problem& problem, const Plan& plan, const Tensor& like)
       : p_(problem), f_(plan.transform<T>()), k_(kernel<T>()), like_(like), lanes_(choose()) {}
 
-  // A kernel's spectra, times scale and what the transforms leave: (slots, n, m) for the forward,
-  // (slots, m, n) for the input gradient.
-  Tensor spectra(const Tensor& w, Product product, double scale) const {
-    const bool forward = product == Product::forward;
-    const Blocked in(w, p_.m * p_.n, p_.b);
-    const int64_t rows = terms_of(product), width = rows_of(product);
-    const int64_t row = forward ? p_.b : p_.n * p_.b, column = forward ? p_.n * p_.b : p_.b;
-    const Tensor w_hat = torch::stable::new_empty(like_, {spectra_size()}, kType);
-    const Spectra<T> out = kernel_spectra(numbers(w_hat), rows, width);
-    const T factor = static_cast<T>(scale) / f_.gain();
-    parallel(
-        like_, rows, grain(width * p_.b), sizeof(T) * f_.scratch(k_.lanes),
-        [&](int64_t begin, int64_t end, char* scratch) {
-          const Signals part{
-              in.data + begin * row * size_of(in.type), element(in.type), row, column};
-          const Spectra<T> to{out.data + begin * out.row, out.slot, out.row, out.width};
-          Ahead nothing{};
-          k_.analyse(
-              f_, part, end - begin, width, factor, to, reinterpret_cast<T*>(scratch), nothing);
-        });
+  // Spectra times scale and what the transforms leave: of w (m, n, b), or where `transposed` of the
+  // matrix that w (n, m, b) is the transposed one of.
+  Tensor spectra(const Tensor& w, bool transposed, double scale) const {
+    // The last vector may be read beyond the end.
+    const Tensor w_hat =
+        torch::stable::new_empty(like_, {f_.slots() * 2 * p_.m * p_.n + k_.lanes}, kType);
+    fill_spectra(Blocked(w, 1, p_.b), transposed, scale, numbers(w_hat));
     return w_hat;
   }
 
-  // numbers that `spectra` returns: a last vector may be read beyond the end, into the room for
-  // samples
-  int64_t spectra_size() const { return f_.slots() * 2 * p_.m * p_.n + kSamples; }
-
-  // Numbers spread over the kernel, behind its spectra where those are kept, by which a kernel is
-  // known again.
-  static constexpr int64_t kSamples = 64;
-  static void sample(const Tensor& w, T* samples) {
-    const int64_t count = w.numel();
-    const auto read = [&](const auto* from) {
-      for (int64_t s = 0; s < kSamples; ++s) {
-        samples[s] = static_cast<T>(from[s * (count - 1) / (kSamples - 1)]);
-      }
-    };
-    switch (w.scalar_type()) {
-      case ScalarType::Double: return read(static_cast<const double*>(w.data_ptr()));
-      case ScalarType::Float: return read(static_cast<const float*>(w.data_ptr()));
-      default: return read(static_cast<const uint16_t*>(w.data_ptr()));  // their bits
-    }
-  }
-  T* samples_of(const Tensor& w_hat) const { return numbers(w_hat) + spectra_size() - kSamples; }
-  bool is_of(const Tensor& w_hat, const Tensor& w) const {
-    T now[kSamples];
-    sample(w, now);
-    return std::memcmp(now, samples_of(w_hat), sizeof(now)) == 0;
-  }
-
-  // out = base + a w, or its transpose
-  void apply(
-      Product product, const Tensor& a, const Tensor& w_hat, const Tensor* base,
-      const Tensor& out) const {
-    const int64_t terms = terms_of(product), rows = rows_of(product);
-    const Blocked in(a, terms, p_.b), to(out, rows, p_.b);
-    const int64_t tile = tile_tokens(2 * kTileBytes, 2);
-    const int64_t in_size = slab_size(terms, tile), out_size = slab_size(rows, tile);
+  void fill_spectra(const Blocked& w, bool transposed, double scale, T* w_hat) const {
+    const int64_t row = transposed ? p_.m * p_.b : p_.b, column = transposed ? p_.b : p_.n * p_.b;
+    const Spectra<T> out = kernel_spectra(w_hat);
+    const T factor = static_cast<T>(scale) / f_.gain();
     parallel(
-        like_, (p_.tokens + tile - 1) / tile, grain(tile * (terms + rows) * p_.b),
+        like_, p_.n, grain(p_.m * p_.b), sizeof(T) * f_.scratch(k_.lanes),
+        [&](int64_t begin, int64_t end, char* scratch) {
+          const Signals part{w.data + begin * row * bytes_of(w.type), w.type, row, column};
+          const Spectra<T> to{out.data + begin * out.row, out.slot, out.row, out.width};
+          Ahead nothing{};
+          k_.analyse(
+              f_, part, end - begin, p_.m, factor, transposed, to, reinterpret_cast<T*>(scratch),
+              nothing);
+        });
+  }
+
+  // out = base + in w
+  void convolve(
+      const Tensor& in, const Tensor& w_hat, const Tensor* base, const Tensor& out) const {
+    const Blocked from(in, p_.n, p_.b), to(out, p_.m, p_.b);
+    const int64_t tile = tile_tokens(2 * kTileBytes, 2);
+    const int64_t in_size = slab_size(p_.n, tile), out_size = slab_size(p_.m, tile);
+    parallel(
+        like_, (p_.tokens + tile - 1) / tile, grain(tile * (p_.n + p_.m) * p_.b),
         sizeof(T) * (in_size + out_size + f_.scratch(k_.lanes)),
         [&](int64_t begin, int64_t end, char* memory) {
           T* scratch = reinterpret_cast<T*>(memory);
@@ -218,20 +180,20 @@ class Call {
           const int64_t last = std::min(end * tile, p_.tokens);
           for (int64_t t = begin * tile; t < last; t += tile) {
             const int64_t count = std::min(tile, last - t);
-            const Spectra<T> a_hat = slab(in_slab, terms, count);
-            const Spectra<T> out_hat = slab(in_slab + in_size, rows, count);
-            Ahead ahead{to.range(t, count), in.range(t + tile, std::min(tile, last - t - tile))};
-            transform(in, t, count, terms, a_hat, scratch, ahead);
-            multiply(product, count, a_hat, w_hat, out_hat, ahead);
-            transform_back(out_hat, t, count, rows, to, base, scratch, ahead);
+            const Spectra<T> in_hat = slab(in_slab, p_.n, count);
+            const Spectra<T> out_hat = slab(in_slab + in_size, p_.m, count);
+            Ahead ahead{to.range(t, count), from.range(t + tile, std::min(tile, last - t - tile))};
+            transform(from, t, count, p_.n, in_hat, scratch, ahead);
+            multiply(p_, count, in_hat, w_hat, out_hat, ahead);
+            transform_back(out_hat, t, count, p_.m, to, base, scratch, ahead);
           }
         });
   }
 
-  // dw, and dx if it is given: then with the spectra of w
-  void backward(
-      const Tensor& g, const Tensor& x, const Tensor* w_hat, double scale, Tensor* dx,
-      const Tensor& dw) const {
+  // dw, and dx if it is given: then with the spectra of the transposed matrix
+  void gradients(
+      const Tensor& g, const Tensor& x, double scale, const Tensor& dw, const Tensor* w_hat,
+      const Tensor* dx) const {
     const Blocked in_g(g, p_.m, p_.b), in_x(x, p_.n, p_.b);
     const int64_t tile = tile_tokens((lanes_ == Lanes::blocks ? 2 : 4) * kTileBytes, 8);
     const int64_t tiles = (p_.tokens + tile - 1) / tile;
@@ -264,14 +226,14 @@ class Call {
               if (dx) ahead.soon = Blocked(*dx, p_.n, p_.b).range(t, count);
               transform(in_g, t, count, p_.m, g_hat, scratch, ahead);
               if (dx) {
-                multiply(Product::input_grad, count, g_hat, *w_hat, x_hat, ahead);
+                multiply(p_.transposed(), count, g_hat, *w_hat, x_hat, ahead);
                 transform_back(
                     x_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), nullptr, scratch, ahead);
               }
               if (i + 1 < last)
                 ahead = {in_g.range(t + tile, std::min(tile, p_.tokens - t - tile)), {}};
               transform(in_x, t, count, p_.n, x_hat, scratch, ahead);
-              accumulate(count, g_hat, x_hat, spectra_of_part(part), i != first, ahead);
+              add_products(count, g_hat, x_hat, spectra_of_part(part), i != first, ahead);
             }
           }
         });
@@ -288,7 +250,7 @@ class Call {
     parallel(
         like_, p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
         [&](int64_t begin, int64_t end, char* scratch) {
-          const Results to{out.at(0, begin * p_.n), nullptr, element(out.type), p_.n * p_.b, p_.b};
+          const Results to{out.at(0, begin * p_.n), nullptr, out.type, p_.n * p_.b, p_.b};
           const Spectra<T> from{total.data + begin * total.row, total.slot, total.row, width};
           Ahead nothing{};
           k_.synthesise(f_, from, end - begin, p_.n, to, reinterpret_cast<T*>(scratch), nothing);
@@ -299,10 +261,6 @@ class Call {
   // The spectra of a tile of tokens, on both sides of a product: a share of a second-level cache
   // that leaves room for the kernel's spectra and the tiles that are on their way.
   static constexpr int64_t kTileBytes = 128 * 1024;
-
-  // Blocks that the forward or the input gradient sums over, and blocks of its result.
-  int64_t terms_of(Product product) const { return product == Product::forward ? p_.n : p_.m; }
-  int64_t rows_of(Product product) const { return product == Product::forward ? p_.m : p_.n; }
 
   // The way that fills lanes better.
   Lanes choose() const {
@@ -344,19 +302,17 @@ class Call {
     return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work));
   }
 
-  static Spectra<T> kernel_spectra(T* data, int64_t rows, int64_t width) {
-    return {data, rows * 2 * width, 2 * width, width};
-  }
+  Spectra<T> kernel_spectra(T* data) const { return {data, p_.n * 2 * p_.m, 2 * p_.m, p_.m}; }
   static T* numbers(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 
   void transform(
       const Blocked& a, int64_t t, int64_t count, int64_t blocks, const Spectra<T>& out, T* scratch,
       Ahead& ahead) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
-    const Signals in{
-        a.at(t, 0), element(a.type), by_blocks ? a.row : a.block, by_blocks ? a.block : a.row};
+    const Signals in{a.at(t, 0), a.type, by_blocks ? a.row : a.block, by_blocks ? a.block : a.row};
     k_.analyse(
-        f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, T{1}, out, scratch, ahead);
+        f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, /* factor= */ T{1},
+        /* conjugate= */ false, out, scratch, ahead);
   }
 
   void transform_back(
@@ -364,48 +320,59 @@ class Call {
       const Tensor* base, T* scratch, Ahead& ahead) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
     const Results to{
-        out.at(t, 0), base ? Blocked(*base, blocks, p_.b).at(t, 0) : nullptr, element(out.type),
+        out.at(t, 0), base ? Blocked(*base, blocks, p_.b).at(t, 0) : nullptr, out.type,
         by_blocks ? out.row : out.block, by_blocks ? out.block : out.row};
     k_.synthesise(
         f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, to, scratch, ahead);
   }
 
-  // y^ = conj(w^) x^ over blocks, or dx^ = transpose(w^) g^
+  // y^_i = sum_j conj(w^_ij) x^_j, with the blocks of `p`: this problem's or the transposed one's
   void multiply(
-      Product product, int64_t count, const Spectra<T>& a, const Tensor& w_hat,
-      const Spectra<T>& out, Ahead& ahead) const {
-    const bool forward = product == Product::forward;
-    const int64_t terms = terms_of(product), rows = rows_of(product);
-    const Spectra<T> w = kernel_spectra(numbers(w_hat), terms, rows);
-    const Matrix<const T> activations{a.data, a.slot, a.row, 1, a.width};
-    const Matrix<T> result{out.data, out.slot, out.row, 1, out.width};
+      const Problem& p, int64_t count, const Spectra<T>& x, const Tensor& w_hat,
+      const Spectra<T>& y, Ahead& ahead) const {
+    const T* w = numbers(w_hat);
+    const int64_t slot = 2 * p.n * p.m, row = 2 * p.m;
+    const Matrix<const T> activations{x.data, x.slot, x.row, 1, x.width};
+    const Matrix<T> result{y.data, y.slot, y.row, 1, y.width};
     if (lanes_ == Lanes::blocks) {
-      const Matrix<const T> weights{w.data, w.slot, w.row, 1, w.width};
       k_.multiply(
-          {f_.slots(), count, terms, rows, activations, weights, result,
-           forward ? Weights::right_conjugate : Weights::right, /* accumulate= */ false},
+          {f_.slots(),
+           count,
+           p.n,
+           p.m,
+           activations,
+           {w, slot, row, 1, p.m},
+           result,
+           Weights::right,
+           /* accumulate= */ false},
           ahead);
     } else {
-      const Matrix<const T> weights{w.data, w.slot, 1, w.row, w.width};
       k_.multiply(
-          {f_.slots(), rows, terms, count, weights, activations, result,
-           forward ? Weights::left_conjugate : Weights::left, /* accumulate= */ false},
+          {f_.slots(),
+           p.m,
+           p.n,
+           count,
+           {w, slot, 1, row, p.m},
+           activations,
+           result,
+           Weights::left,
+           /* accumulate= */ false},
           ahead);
     }
   }
 
   // dw^ (+)= sum over tokens of conj(g^) x^
-  void accumulate(
-      int64_t count, const Spectra<T>& g, const Spectra<T>& x, const Spectra<T>& dw, bool onto,
-      Ahead& ahead) const {
+  void add_products(
+      int64_t count, const Spectra<T>& g, const Spectra<T>& x, const Spectra<T>& dw,
+      bool accumulate, Ahead& ahead) const {
     if (lanes_ == Lanes::tokens) {
-      return k_.correlate(f_.slots(), p_.m, p_.n, count, g, x, dw, onto);
+      return k_.correlate(f_.slots(), p_.m, p_.n, count, g, x, dw, accumulate);
     }
     const Matrix<const T> left{g.data, g.slot, 1, g.row, g.width};
     const Matrix<const T> right{x.data, x.slot, x.row, 1, x.width};
     const Matrix<T> result{dw.data, dw.slot, dw.row, 1, dw.width};
     k_.multiply(
-        {f_.slots(), p_.m, count, p_.n, left, right, result, Weights::left_conjugate, onto}, ahead);
+        {f_.slots(), p_.m, count, p_.n, left, right, result, Weights::left, accumulate}, ahead);
   }
 
   const Problem& p_;
@@ -415,16 +382,18 @@ class Call {
   Lanes lanes_;
 };
 
-// An operand of a call that computes in T: doubles, or whatever floats are read from.
+// An operand of a product that is computed in T: doubles, or whatever floats are read from.
 template <class T>
-Tensor as(const Tensor& t) {
-  return Call<T>::kType == ScalarType::Double ? torch::stable::to(t, ScalarType::Double) : t;
+Tensor operand(const Tensor& t) {
+  return Tiles<T>::kType == ScalarType::Double ? torch::stable::to(t, ScalarType::Double) : t;
 }
 
-// f fills `out`, or where the call computes in doubles, doubles that are then rounded to it.
+// f fills `out`, or where it computes in doubles, doubles that are then rounded to it.
 template <class T, class F>
 void filled_in(Tensor& out, const F& f) {
-  if (Call<T>::kType == ScalarType::Float || out.scalar_type() == ScalarType::Double) return f(out);
+  if (Tiles<T>::kType == ScalarType::Float || out.scalar_type() == ScalarType::Double) {
+    return f(out);
+  }
   const std::vector<int64_t> sizes(out.sizes().begin(), out.sizes().end());
   Tensor exact = torch::stable::new_empty(out, sizes, ScalarType::Double);
   f(exact);
@@ -436,115 +405,99 @@ std::shared_ptr<const Plan> plan_of(const Problem& p) {
   return in_use().level ? plan_for(p.b) : nullptr;
 }
 
+// Behind a prepared kernel's spectra: who made them, for what block size. What is not as expected
+// was not made by prepare(), or by another build or level, whose layout may differ.
+struct Tag {
+  uint64_t maker;
+  int64_t block_size;
+  bool operator==(const Tag&) const = default;
+
+  Tag(const Problem& p, bool by_aten) : maker(0x6333612d68617400 + by_aten), block_size(p.b) {}
+
+  // Its place in kernel number `index` of a tensor of prepared kernels.
+  static char* place(const Problem& p, const Tensor& w_hat, int64_t index) {
+    const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true) * w_hat.element_size();
+    return static_cast<char*>(w_hat.data_ptr()) + (index + 1) * size - sizeof(Tag);
+  }
+};
+
 struct Cpu {
-  static void run(
-      const Problem& p, Product product, const Tensor& a, const Tensor& b, double scale,
-      const Tensor* base, Tensor& out) {
-    const auto plan = plan_of(p);
-    if (!plan) return Aten::run(p, product, a, b, scale, base, out);
-    const bool is_float = compute_type({a, b, out}) == ScalarType::Float;
-    const auto run = is_float ? &run_in<float> : &run_in<double>;
-    run(p, *plan, product, a, b, scale, base, out);
+  static void convolve(const Convolution& c) {
+    const auto plan = plan_of(c.p);
+    if (c.form == Form::prepared) {
+      const Tag expected(c.p, !plan);
+      check(
+          std::memcmp(Tag::place(c.p, c.kernel, 0), &expected, sizeof(Tag)) == 0, c.op,
+          "expected w_hat as c3a.prepare made it in this process for block_size = ", c.p.b,
+          ", got other numbers");
+    }
+    if (!plan) return Aten::convolve(c);
+    const bool is_float = compute_type({c.in, c.kernel, c.out}) == ScalarType::Float;
+    is_float ? convolve_in<float>(c, *plan) : convolve_in<double>(c, *plan);
   }
 
-  static void backward(
-      const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
-      Tensor& dw) {
-    const auto plan = plan_of(p);
-    if (!plan) return Aten::backward(p, g, x, w, scale, dx, dw);
-    const bool is_float = compute_type({g, x, w}) == ScalarType::Float;
-    const auto run = is_float ? &backward_in<float> : &backward_in<double>;
-    run(p, *plan, g, x, w, scale, dx, dw);
+  static void gradients(const Gradients& c) {
+    const auto plan = plan_of(c.p);
+    if (!plan) return Aten::gradients(c);
+    const ScalarType type = c.w ? compute_type({c.g, c.x, *c.w}) : compute_type({c.g, c.x, c.dw});
+    type == ScalarType::Float ? gradients_in<float>(c, *plan) : gradients_in<double>(c, *plan);
   }
 
-  // The forward or the input gradient in two steps, for callers that keep the first one's result.
-
-  static Tensor kernel_spectra(Tensor w, ScalarType dtype, bool transposed, double scale) {
-    check_kernel("_kernel_spectra", w);
-    const Problem p{1, w.size(0), w.size(1), w.size(2)};
-    const auto plan = plan_of(p);
-    if (!plan) return torch::stable::new_empty(w, {0}, dtype);
-    const Product product = transposed ? Product::input_grad : Product::forward;
-    const auto run =
-        dtype == ScalarType::Float ? &kernel_spectra_in<float> : &kernel_spectra_in<double>;
-    return run(p, *plan, torch::stable::contiguous(w), product, scale);
-  }
-
-  static bool apply_spectra(
-      Tensor out, Tensor a, Tensor w, Tensor w_hat, bool transposed, std::optional<Tensor> base) {
-    const char* op = "_apply_spectra";
-    const Named named{transposed ? "grad_output" : "x", a};
-    const Problem p = problem_of(op, named, w, transposed ? "m" : "n");
-    check_onto(op, "out", out, a, transposed ? p.in_features() : p.out_features());
-    const Product product = transposed ? Product::input_grad : Product::forward;
-    const auto plan = plan_of(p);
-    check(plan != nullptr, op, "expected a block size with spectra, got ", p.b);
-    const bool is_float = w_hat.scalar_type() == ScalarType::Float;
-    const auto run = is_float ? &apply_spectra_in<float> : &apply_spectra_in<double>;
-    return run(p, *plan, product, out, a, w, w_hat, base ? &*base : nullptr);
+  static void prepare(const Preparation& c) {
+    const auto plan = plan_of(c.p);
+    if (!plan) {
+      Aten::prepare(c);
+    } else if (c.out.scalar_type() == ScalarType::Float) {
+      prepare_in<float>(c, *plan);
+    } else {
+      prepare_in<double>(c, *plan);
+    }
+    const Tag tag(c.p, !plan);
+    for (int64_t kernel = 0; kernel < c.p.tokens; ++kernel) {
+      std::memcpy(Tag::place(c.p, c.out, kernel), &tag, sizeof(Tag));
+    }
   }
 
  private:
   template <class T>
-  static void run_in(
-      const Problem& p, const Plan& plan, Product product, const Tensor& a, const Tensor& b,
-      double scale, const Tensor* base, Tensor& out) {
-    const Call<T> call(p, plan, a);
-    if (product == Product::kernel_grad) {
-      return filled_in<T>(
-          out, [&](Tensor& dw) { call.backward(as<T>(a), as<T>(b), nullptr, scale, nullptr, dw); });
+  static void convolve_in(const Convolution& c, const Plan& plan) {
+    const Tiles<T> tiles(c.p, plan, c.in);
+    const Tensor w_hat =
+        c.form == Form::prepared
+            ? c.kernel
+            : tiles.spectra(operand<T>(c.kernel), c.form == Form::transposed, c.scale);
+    filled_in<T>(c.out, [&](Tensor& out) {
+      const Tensor base = c.base ? operand<T>(*c.base) : out;
+      tiles.convolve(operand<T>(c.in), w_hat, c.base ? &base : nullptr, out);
+    });
+  }
+
+  template <class T>
+  static void gradients_in(const Gradients& c, const Plan& plan) {
+    const Tiles<T> tiles(c.p, plan, c.g);
+    const Tensor g = operand<T>(c.g), x = operand<T>(c.x);
+    filled_in<T>(c.dw, [&](Tensor& dw) {
+      if (!c.dx) return tiles.gradients(g, x, c.scale, dw, nullptr, nullptr);
+      const Problem back = c.p.transposed();
+      const Tensor w_hat =
+          Tiles<T>(back, plan, c.g).spectra(operand<T>(*c.w), /* transposed= */ true, c.scale);
+      filled_in<T>(*c.dx, [&](Tensor& dx) { tiles.gradients(g, x, c.scale, dw, &w_hat, &dx); });
+    });
+  }
+
+  template <class T>
+  static void prepare_in(const Preparation& c, const Plan& plan) {
+    const Problem p = c.transposed ? c.p.transposed() : c.p;
+    const Tiles<T> tiles(p, plan, c.w);
+    const Tensor w = operand<T>(c.w);
+    const Blocked kernels(w, p.m * p.n, p.b);
+    const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true);
+    for (int64_t kernel = 0; kernel < p.tokens; ++kernel) {
+      Blocked one = kernels;
+      one.data = kernels.at(kernel, 0);
+      tiles.fill_spectra(
+          one, c.transposed, c.scale, static_cast<T*>(c.out.data_ptr()) + kernel * size);
     }
-    apply_in(call, product, a, call.spectra(as<T>(b), product, scale), base, out);
-  }
-
-  template <class T>
-  static void apply_in(
-      const Call<T>& call, Product product, const Tensor& a, const Tensor& w_hat,
-      const Tensor* base, Tensor& out) {
-    filled_in<T>(out, [&](Tensor& y) {
-      const Tensor from = base ? as<T>(*base) : y;
-      call.apply(product, as<T>(a), w_hat, base ? &from : nullptr, y);
-    });
-  }
-
-  template <class T>
-  static Tensor kernel_spectra_in(
-      const Problem& p, const Plan& plan, const Tensor& w, Product product, double scale) {
-    const Call<T> call(p, plan, w);
-    const Tensor w_hat = call.spectra(as<T>(w), product, scale);
-    call.sample(w, call.samples_of(w_hat));
-    return w_hat;
-  }
-
-  template <class T>
-  static bool apply_spectra_in(
-      const Problem& p, const Plan& plan, Product product, Tensor& out, const Tensor& a,
-      const Tensor& w, const Tensor& w_hat, const Tensor* base) {
-    const Call<T> call(p, plan, a);
-    const int64_t expected = call.spectra_size();
-    check(
-        w_hat.numel() == expected, "_apply_spectra", "expected spectra of ", expected,
-        " numbers, got ", w_hat.numel());
-    if (!call.is_of(w_hat, torch::stable::contiguous(w))) return false;
-    if (p.tokens == 0) return true;
-    const Tensor x = torch::stable::contiguous(a);
-    onto(out, base, {x, w, w_hat}, [&](Tensor& y, const Tensor* from) {
-      apply_in(call, product, x, w_hat, from, y);
-    });
-    return true;
-  }
-
-  template <class T>
-  static void backward_in(
-      const Problem& p, const Plan& plan, const Tensor& g, const Tensor& x, const Tensor& w,
-      double scale, Tensor& dx, Tensor& dw) {
-    const Call<T> call(p, plan, g);
-    const Tensor w_hat = call.spectra(as<T>(w), Product::input_grad, scale);
-    filled_in<T>(dx, [&](Tensor& dx_in) {
-      filled_in<T>(dw, [&](Tensor& dw_in) {
-        call.backward(as<T>(g), as<T>(x), &w_hat, scale, &dx_in, dw_in);
-      });
-    });
   }
 };
 
@@ -556,8 +509,4 @@ extern "C" __attribute__((visibility("default"))) const char* c3a_cpu_capability
   return c3a::cpu::in_use().name;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(c3a, CPU, m) {
-  c3a::Operators<c3a::cpu::Cpu>::register_all(m);
-  m.impl("_kernel_spectra", TORCH_BOX(&c3a::cpu::Cpu::kernel_spectra));
-  m.impl("_apply_spectra", TORCH_BOX(&c3a::cpu::Cpu::apply_spectra));
-}
+STABLE_TORCH_LIBRARY_IMPL(c3a, CPU, m) { c3a::Operators<c3a::cpu::Cpu>::register_all(m); }

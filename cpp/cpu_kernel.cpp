@@ -11,7 +11,7 @@ namespace c3a::cpu {
 namespace C3A_LEVEL {
 
 // Prefetches up to `lines` cache lines of a range.
-C3A_INLINE void ask(Range& range, int64_t lines) {
+C3A_INLINE void prefetch(Range& range, int64_t lines) {
   for (; lines > 0 && range.begin < range.end; --lines) {
     __builtin_prefetch(range.begin, 0, 2);
     range.begin += 64;
@@ -29,8 +29,8 @@ void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>*
   int64_t u = 0;
   if constexpr (kType != Element::f16) {
     for (; lanes == L && u + step <= b; u += step) {
-      ask(ahead.soon, step / 4);
-      ask(ahead.later, step / 4);
+      prefetch(ahead.soon, step / 4);
+      prefetch(ahead.later, step / 4);
       Vec<T> r[L];
       load_transposed<T>(p + u, lane, r);
 #pragma GCC unroll 16
@@ -46,8 +46,8 @@ void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>*
     }
   }
   for (; u < b; u += L) {
-    ask(ahead.soon, L / 4);
-    ask(ahead.later, L / 4);
+    prefetch(ahead.soon, L / 4);
+    prefetch(ahead.later, L / 4);
     const int count = b - u < L ? static_cast<int>(b - u) : L;
     Vec<T> r[L];
     for (int l = 0; l < L; ++l) {
@@ -65,7 +65,7 @@ void scatter(
     Storage<kType>* p, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   for (int64_t u = 0; u < b; u += L) {
-    ask(ahead.later, L / 4);
+    prefetch(ahead.later, L / 4);
     const int count = b - u < L ? static_cast<int>(b - u) : L;
     Vec<T> r[L];
     if (count == L) {
@@ -110,7 +110,7 @@ C3A_INLINE void dispatch(Element type, const F& f) {
 template <class T>
 void analyse(
     const Transform<T>& f, const Signals& in, int64_t rows, int64_t columns, T factor,
-    const Spectra<T>& out, T* scratch, Ahead& ahead) {
+    bool conjugate, const Spectra<T>& out, T* scratch, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   Vec<T>* z = reinterpret_cast<Vec<T>*>(scratch);
   for (int64_t r = 0; r < rows; ++r) {
@@ -121,7 +121,7 @@ void analyse(
         gather<T, kType>(p, in.column, lanes, f.b, z, ahead);
       });
       T* to = out.data + r * out.row + c;
-      if (factor == 1 && out.width - c >= L) {
+      if (factor == 1 && !conjugate && out.width - c >= L) {
         forward<T>(f, z, [&](int64_t slot, const Complex<T>& value) {
           store(to + slot * out.slot, value.re);
           store(to + slot * out.slot + out.width, value.im);
@@ -132,8 +132,10 @@ void analyse(
           room == L ? store(p, v) : store_some(p, v, room);
         };
         forward<T>(f, z, [&](int64_t slot, const Complex<T>& value) {
+          // Slot 0's parts are two real bins.
+          const T of_im = conjugate && slot ? -factor : factor;
           put(to + slot * out.slot, value.re * factor);
-          put(to + slot * out.slot + out.width, value.im * factor);
+          put(to + slot * out.slot + out.width, value.im * of_im);
         });
       }
     }
@@ -174,20 +176,9 @@ void synthesise(
 // kReal: slot 0, whose real and imaginary parts are two bins of their own.
 template <class T, bool kReal, Weights kWeights, int R, int U>
 C3A_INLINE void multiply_tile(const Multiplication<T>& p, const T* a, const T* b, T* c) {
-  constexpr bool left = kWeights == Weights::left || kWeights == Weights::left_conjugate;
-  constexpr bool conjugate =
-      kWeights == Weights::left_conjugate || kWeights == Weights::right_conjugate;
+  constexpr bool left = kWeights == Weights::left;
   constexpr int L = kLanes<T>;
-  Complex<T> sum[R][U];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-      const T* from = c + r * p.c.row + u * L;
-      sum[r][u] = p.accumulate ? Complex<T>{load<Vec<T>>(from), load<Vec<T>>(from + p.c.imaginary)}
-                               : Complex<T>{};
-    }
-  }
+  Complex<T> sum[R][U] = {};
   for (int64_t s = 0; s < p.terms; ++s) {
     Complex<T> y[U];
 #pragma GCC unroll 8
@@ -211,13 +202,8 @@ C3A_INLINE void multiply_tile(const Multiplication<T>& p, const T* a, const T* b
         // The kernel's real part comes first, wherever the kernel is.
         const Vec<T> first = left ? y[u].im * re : y[u].re * im;
         const Vec<T> second = left ? y[u].re * im : y[u].im * re;
-        if constexpr (conjugate) {
-          t.re += y[u].im * im;
-          t.im = t.im + first - second;
-        } else {
-          t.re -= y[u].im * im;
-          t.im = t.im + first + second;
-        }
+        t.re += y[u].im * im;
+        t.im = t.im + first - second;
       }
     }
   }
@@ -226,8 +212,12 @@ C3A_INLINE void multiply_tile(const Multiplication<T>& p, const T* a, const T* b
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
       T* to = c + r * p.c.row + u * L;
-      store(to, sum[r][u].re);
-      store(to + p.c.imaginary, sum[r][u].im);
+      Complex<T> total = sum[r][u];
+      if (p.accumulate) {
+        total = total + Complex<T>{load<Vec<T>>(to), load<Vec<T>>(to + p.c.imaginary)};
+      }
+      store(to, total.re);
+      store(to + p.c.imaginary, total.im);
     }
   }
 }
@@ -263,8 +253,8 @@ void multiply_slots(const Multiplication<T>& p, int64_t first, int64_t last, Ahe
   constexpr int L = kLanes<T>, U = kTileVectors;
   for (int64_t q = first; q < last; ++q) {
     // All that is left by the end.
-    ask(ahead.soon, (ahead.soon.end - ahead.soon.begin) / (64 * (last - q)) + 1);
-    ask(ahead.later, (ahead.later.end - ahead.later.begin) / (64 * (last - q)) + 1);
+    prefetch(ahead.soon, (ahead.soon.end - ahead.soon.begin) / (64 * (last - q)) + 1);
+    prefetch(ahead.later, (ahead.later.end - ahead.later.begin) / (64 * (last - q)) + 1);
     const T* a = p.a.data + q * p.a.slot;
     const T* b = p.b.data + q * p.b.slot;
     T* c = p.c.data + q * p.c.slot;
@@ -286,9 +276,7 @@ template <class T>
 void multiply(const Multiplication<T>& p, Ahead& ahead) {
   switch (p.weights) {
     case Weights::left: return multiply_all<T, Weights::left>(p, ahead);
-    case Weights::left_conjugate: return multiply_all<T, Weights::left_conjugate>(p, ahead);
     case Weights::right: return multiply_all<T, Weights::right>(p, ahead);
-    case Weights::right_conjugate: return multiply_all<T, Weights::right_conjugate>(p, ahead);
   }
 }
 

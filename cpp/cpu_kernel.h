@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-namespace c3a::cpu {
+#include "element.h"
 
-enum class Element : uint8_t { f64, f32, bf16, f16 };
+namespace c3a::cpu {
 
 // The discrete Fourier transform of real signals of length b, as cpu_plan.cpp plans it. An even b
 // goes by complex transforms of half the length, h = b / 2; an odd one by h = b.
@@ -62,9 +62,10 @@ struct Matrix {
 };
 
 // c = a b (+ c), complex, slot by slot; b and c are vectors along their columns, a is scalars. One
-// factor is a kernel's and may be conjugated; its place decides only in which order a sum's terms
-// are added, so that the results do not depend on it.
-enum class Weights : uint8_t { left, left_conjugate, right, right_conjugate };
+// factor, the weights, is conjugated; its place decides only in which order a sum's terms are
+// added, so that the results do not depend on it. The terms are summed first, then added to c:
+// errors grow with the terms of a call and the number of calls, not with their product.
+enum class Weights : uint8_t { left, right };
 
 template <class T>
 struct Multiplication {
@@ -87,10 +88,10 @@ struct Ahead {
 template <class T>
 struct Kernel {
   int lanes;
-  // spectra of the signals, times `factor`; columns up to a multiple of `lanes` are filled with
-  // zeros where `out.width` has room for them
+  // spectra of the signals, times `factor`, conjugated or not; columns up to a multiple of `lanes`
+  // are filled with zeros where `out.width` has room for them
   void (*analyse)(
-      const Transform<T>&, const Signals&, int64_t rows, int64_t columns, T factor,
+      const Transform<T>&, const Signals&, int64_t rows, int64_t columns, T factor, bool conjugate,
       const Spectra<T>& out, T* scratch, Ahead&);
   // the inverse, without its factor
   void (*synthesise)(

@@ -1,8 +1,9 @@
 #include "cpu_plan.h"
 
-#include <cmath>
 #include <list>
 #include <mutex>
+
+#include "turns.h"
 
 namespace c3a::cpu {
 namespace {
@@ -30,18 +31,10 @@ bool has_passes(int64_t b) {
   return b == 1;
 }
 
-// exp(-2 pi i k / n), 0 <= k < n, from an angle of at most a quarter turn
+// exp(-2 pi i k / n)
 std::pair<double, double> root(int64_t k, int64_t n) {
-  if (8 * k > 4 * n) {
-    const auto [re, im] = root(n - k, n);
-    return {re, -im};
-  }
-  if (8 * k > 2 * n) {  // a quarter turn less
-    const auto [re, im] = root(4 * k - n, 4 * n);
-    return {im, -re};
-  }
-  const long double angle = 2 * 3.14159265358979323846264338327950288L * k / n;
-  return {static_cast<double>(std::cos(angle)), static_cast<double>(-std::sin(angle))};
+  const auto part = [&](bool sine) { return static_cast<double>(turn<long double>(k, n, sine)); };
+  return {part(false), -part(true)};
 }
 
 }  // namespace

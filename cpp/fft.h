@@ -12,6 +12,7 @@
 #pragma once
 
 #include "simd.h"
+#include "turns.h"
 
 namespace c3a::cpu::C3A_LEVEL {
 
@@ -42,20 +43,7 @@ C3A_INLINE Complex<T> times(const Complex<T>& a, T re, T im) {
   return {a.re * re - a.im * im, a.im * re + a.re * im};
 }
 
-// cos and sin of 2 pi k / n, for the odd lengths below
-constexpr double kTau = 6.283185307179586476925286766559;
-constexpr double series(double x, bool sine) {
-  double term = sine ? x : 1, sum = term;
-  for (int i = sine ? 2 : 1; i < 40; i += 2) sum += term *= -x * x / (i * (i + 1));
-  return sum;
-}
-constexpr double turn(int k, int n, bool sine) {
-  k %= n;
-  if (2 * k > n) return (sine ? -1 : 1) * turn(n - k, n, sine);
-  if (4 * k > n) return (sine ? 1 : -1) * series(kTau * (n - 2 * k) / (2 * n), sine);
-  return series(kTau * k / n, sine);
-}
-
+// cos and sin of 2 pi k / R, for the odd lengths below
 template <class T, int R>
 struct Turns {
   T cosine[R], sine[R];
@@ -64,8 +52,8 @@ template <class T, int R>
 constexpr Turns<T, R> turns = [] {
   Turns<T, R> table{};
   for (int k = 0; k < R; ++k) {
-    table.cosine[k] = static_cast<T>(turn(k, R, false));
-    table.sine[k] = static_cast<T>(turn(k, R, true));
+    table.cosine[k] = static_cast<T>(turn<double>(k, R, false));
+    table.sine[k] = static_cast<T>(turn<double>(k, R, true));
   }
   return table;
 }();

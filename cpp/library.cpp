@@ -1,5 +1,6 @@
 // The schemas of the operators, for every device. Shapes and formulas: DESIGN.md, "The operator".
-// Implementations: cpu.cpp, aten.cpp and ../cuda/cuda.cpp. Python rules: ../python/c3a/ops.py.
+// Implementations: cpu.cpp, aten.cpp and ../cuda/cuda.cpp. Python rules:
+// ../python/c3a/operators.py.
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,13 +15,18 @@ STABLE_TORCH_LIBRARY(c3a, m) {
   m.def(
       "block_circ_conv_backward(Tensor grad_output, Tensor x, Tensor w, float scale=1.0) "
       "-> (Tensor, Tensor)");
-  // The CPU's forward and input gradient in two steps: ../python/c3a/spectra.py keeps the first
-  // one's result. It is empty for block sizes that have no spectra; the second step does nothing
-  // and returns False if the kernel is no longer what the spectra were computed from.
   m.def(
-      "_kernel_spectra(Tensor w, ScalarType dtype, bool transposed=False, float scale=1.0) "
-      "-> Tensor");
+      "prepare(Tensor w, ScalarType? dtype=None, bool transposed=False, float scale=1.0) -> Tensor");
   m.def(
-      "_apply_spectra(Tensor(a!) out, Tensor a, Tensor w, Tensor w_hat, bool transposed=False, "
-      "Tensor? base=None) -> bool");
+      "block_circ_conv_prepared(Tensor x, Tensor w_hat, int block_size, "
+      "Tensor? w_hat_transposed=None) -> Tensor");
+  m.def(
+      "block_circ_conv_prepared_add(Tensor base, Tensor x, Tensor w_hat, int block_size, "
+      "Tensor? w_hat_transposed=None) -> Tensor");
+  m.def(
+      "block_circ_conv_prepared_add_(Tensor(a!) base, Tensor x, Tensor w_hat, int block_size, "
+      "Tensor? w_hat_transposed=None) -> ()");
+  // Whether two contiguous CPU tensors of one dtype and shape hold the same bits: by it a layer
+  // tells that a kernel is still what was prepared.
+  m.def("_same_bits(Tensor a, Tensor b) -> bool");
 }

@@ -1,14 +1,11 @@
 // The front end, the same for every device: checks, allocates, folds leading dimensions, and hands
 // contiguous tensors to a back end. A back end is a struct with
 //
-//   static void run(const Problem&, Product, const Tensor& a, const Tensor& b, double scale,
-//                   const Tensor* base, Tensor& out);
-//   static void backward(const Problem&, const Tensor& g, const Tensor& x, const Tensor& w,
-//                        double scale, Tensor& dx, Tensor& dw);
+//   static void convolve(const Convolution&);    // forward, input gradient, prepared or not
+//   static void gradients(const Gradients&);     // kernel gradient, and the input's with it
+//   static void prepare(const Preparation&);     // kernels' spectra, for later convolutions
 //
-// that fill their results with `scale` times a product, the first onto `base` if it is given, which
-// has the result's shape and dtype and may be the result. Operands and results may differ in dtype;
-// tokens >= 1.
+// that fill their results. Operands and results may differ in dtype; sums run in compute_type().
 
 #pragma once
 
@@ -19,93 +16,165 @@
 #include <tuple>
 #include <vector>
 
+#include "dispatch.h"
 #include "problem.h"
 
 namespace c3a {
 
-// With spectra X, G over (tokens, blocks) and W over (m, n), one per frequency bin:
-enum class Product {
-  forward,      // Y  = X W^H    a = x, b = w
-  input_grad,   // dX = G W      a = g, b = w
-  kernel_grad,  // dW = G^H X    a = g, b = x
+// The back end's part of an operator: contiguous tensors, tokens >= 1. With spectra X, G over
+// (tokens, blocks) and W over (m, n), one per frequency bin, the products are
+//
+//   forward         Y  = X W^H
+//   input gradient  dX = G W, the forward of the transposed matrix, whose spectra are conj(W)^T
+//   kernel gradient dW = G^H X
+
+enum class Form { kernel, transposed, prepared };
+
+// out = base + scale * (in times a block-circulant matrix)
+struct Convolution {
+  const char* op;
+  Problem p;             // in: (tokens, n*b), out: (tokens, m*b)
+  Form form;             // of `kernel`:
+  const Tensor& kernel;  // w (m, n, b), the other direction's w (n, m, b), or what prepare() filled
+  double scale;          // 1 if prepared, which has it already
+  const Tensor& in;
+  const Tensor* base;  // of out's shape and dtype, or none; may be `out`
+  Tensor& out;
 };
 
-// Calls fill(out, base) to write `out`, which may be `base`: by way of a new tensor where `out` is
-// not contiguous or shares memory with what is read.
-template <class F>
-void onto(Tensor& out, const Tensor* base, std::initializer_list<Tensor> read, const F& fill) {
-  const auto bytes = [](const Tensor& t) {
-    const char* begin = static_cast<const char*>(t.data_ptr());
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    return std::pair(begin, begin + (last + 1) * t.element_size());
-  };
-  bool apart = out.is_contiguous();
-  for (const Tensor& t : read) {
-    if (t.numel() == 0) continue;
-    const auto [a, a_end] = bytes(out);
-    const auto [b, b_end] = bytes(t);
-    apart = apart && (a_end <= b || b_end <= a);
-  }
-  const Tensor from = base ? torch::stable::contiguous(*base) : out;
-  if (apart) return fill(out, base ? &from : nullptr);
-  const std::vector<int64_t> sizes(out.sizes().begin(), out.sizes().end());
-  Tensor result = torch::stable::new_empty(out, sizes);
-  fill(result, base ? &from : nullptr);
-  torch::stable::copy_(out, result);
-}
+// dw = scale * g^T x by blocks, and dx = scale * (g times the transposed matrix of w) where asked
+// for
+struct Gradients {
+  Problem p;
+  const Tensor& g;
+  const Tensor& x;
+  double scale;
+  Tensor& dw;
+  const Tensor* w = nullptr;  // with dx
+  Tensor* dx = nullptr;
+};
+
+// out: the spectra, times scale, of `p.tokens` kernels (p.m, p.n, p.b) or their transposed ones; as
+// many tensors of prepared_length() numbers a block, zeros at first. Their layout is the back
+// end's.
+struct Preparation {
+  Problem p;
+  const Tensor& w;
+  bool transposed;
+  double scale;
+  Tensor& out;
+};
 
 template <class Backend>
 struct Operators {
   static Tensor block_circ_conv(Tensor x, Tensor w, double scale) {
-    const Problem p = problem_of("block_circ_conv", {"x", x}, w, "n");
-    return over_tokens(p, Product::forward, x, w, scale, p.out_features());
+    const char* op = "block_circ_conv";
+    return named(op, [&] {
+      const Problem p = problem_of(op, {"x", x}, w, "n");
+      return convolved(op, p, Form::kernel, w, scale, x);
+    });
   }
 
   static Tensor add(Tensor base, Tensor x, Tensor w, double scale) {
-    const Problem p = problem_of_add("block_circ_conv_add", base, x, w);
-    Tensor out = torch::stable::new_empty(base, sizes(base, p.out_features()));
-    if (p.tokens == 0) return out;
-    const Tensor onto = contiguous(base);
-    Backend::run(p, Product::forward, contiguous(x), contiguous(w), scale, &onto, out);
-    return out;
+    const char* op = "block_circ_conv_add";
+    return named(op, [&] {
+      const Problem p = problem_of(op, {"x", x}, w, "n");
+      return added(op, p, Form::kernel, w, scale, x, base);
+    });
   }
 
   static void add_(Tensor base, Tensor x, Tensor w, double scale) {
-    const Problem p = problem_of_add("block_circ_conv_add_", base, x, w);
-    if (p.tokens == 0) return;
-    onto(base, &base, {x, w}, [&](Tensor& out, const Tensor* from) {
-      Backend::run(p, Product::forward, contiguous(x), contiguous(w), scale, from, out);
+    const char* op = "block_circ_conv_add_";
+    named(op, [&] {
+      const Problem p = problem_of(op, {"x", x}, w, "n");
+      add_in_place(op, p, Form::kernel, w, scale, x, base);
     });
   }
 
   static Tensor input_grad(Tensor g, Tensor w, double scale) {
-    const Problem p = problem_of("block_circ_conv_input_grad", {"grad_output", g}, w, "m");
-    return over_tokens(p, Product::input_grad, g, w, scale, p.in_features());
+    const char* op = "block_circ_conv_input_grad";
+    return named(op, [&] {
+      const Problem p = problem_of(op, {"grad_output", g}, w, "m").transposed();
+      return convolved(op, p, Form::transposed, w, scale, g);
+    });
   }
 
   static Tensor kernel_grad(
       Tensor g, Tensor x, int64_t b, std::optional<ScalarType> dtype, double scale) {
     const char* op = "block_circ_conv_kernel_grad";
-    const Problem p = problem_of(op, g, x, b);
-    check_supported(op, "dtype", dtype.value_or(g.scalar_type()));
-    if (p.tokens == 0) return torch::stable::new_zeros(g, {p.m, p.n, p.b}, dtype);
-    Tensor dw = torch::stable::new_empty(g, {p.m, p.n, p.b}, dtype);
-    Backend::run(p, Product::kernel_grad, contiguous(g), contiguous(x), scale, nullptr, dw);
-    return dw;
+    return named(op, [&] {
+      const Problem p = problem_of(op, g, x, b);
+      check_supported(op, "dtype", dtype.value_or(g.scalar_type()));
+      if (p.tokens == 0) return torch::stable::new_zeros(g, {p.m, p.n, p.b}, dtype);
+      Tensor dw = torch::stable::new_empty(g, {p.m, p.n, p.b}, dtype);
+      const Tensor g_in = contiguous(g), x_in = contiguous(x);
+      Backend::gradients({.p = p, .g = g_in, .x = x_in, .scale = scale, .dw = dw});
+      return dw;
+    });
   }
 
   static std::tuple<Tensor, Tensor> backward(Tensor g, Tensor x, Tensor w, double scale) {
     const char* op = "block_circ_conv_backward";
-    const Problem p = problem_of(op, {"x", x}, w, "n");
-    problem_of(op, {"grad_output", g}, w, "m");
-    check_same_device(op, {"grad_output", g}, {"x", x});
-    check_same_leading(op, g, x);
-    Tensor dx = torch::stable::new_empty(x, sizes(x, p.in_features()));
-    if (p.tokens == 0) return {dx, torch::stable::new_zeros(w, {p.m, p.n, p.b})};
-    Tensor dw = torch::stable::new_empty(w, {p.m, p.n, p.b});
-    Backend::backward(p, contiguous(g), contiguous(x), contiguous(w), scale, dx, dw);
-    return {dx, dw};
+    return named(op, [&]() -> std::tuple<Tensor, Tensor> {
+      const Problem p = problem_of(op, {"x", x}, w, "n");
+      problem_of(op, {"grad_output", g}, w, "m");
+      check_same_device(op, {"grad_output", g}, {"x", x});
+      check_same_leading(op, g, x);
+      Tensor dx = torch::stable::new_empty(x, sizes(x, p.in_features()));
+      if (p.tokens == 0) return {dx, torch::stable::new_zeros(w, {p.m, p.n, p.b})};
+      Tensor dw = torch::stable::new_empty(w, {p.m, p.n, p.b});
+      const Tensor g_in = contiguous(g), x_in = contiguous(x), w_in = contiguous(w);
+      Backend::gradients({p, g_in, x_in, scale, dw, &w_in, &dx});
+      return {dx, dw};
+    });
+  }
+
+  static Tensor prepare(Tensor w, std::optional<ScalarType> dtype, bool transposed, double scale) {
+    const char* op = "prepare";
+    return named(op, [&] {
+      const Problem p = problem_of_kernels(op, w);
+      const ScalarType type = dtype.value_or(compute_type({w}));
+      const bool computes = type == ScalarType::Double || type == compute_type({w});
+      check(
+          computes, op, "expected dtype to be float32, or float64 for kernels in float64 too, got ",
+          dtype_name(static_cast<int32_t>(type)), " for w in ", dtype_name(dtype_of(w)));
+      std::vector<int64_t> shape(w.sizes().begin(), w.sizes().end() - 3);
+      const Problem q = transposed ? p.transposed() : p;
+      for (const int64_t size : {q.m, q.n, prepared_length(p.m, p.n, p.b, w.is_cpu())}) {
+        shape.push_back(size);
+      }
+      Tensor w_hat = torch::stable::new_zeros(w, shape, type);
+      const Tensor w_in = contiguous(w);
+      if (p.tokens > 0) Backend::prepare({p, w_in, transposed, scale, w_hat});
+      return w_hat;
+    });
+  }
+
+  static Tensor prepared(
+      Tensor x, Tensor w_hat, int64_t b, std::optional<Tensor> w_hat_transposed) {
+    const char* op = "block_circ_conv_prepared";
+    return named(op, [&] {
+      const Problem p = problem_of_prepared(op, x, w_hat, b, w_hat_transposed);
+      return convolved(op, p, Form::prepared, w_hat, 1, x);
+    });
+  }
+
+  static Tensor prepared_add(
+      Tensor base, Tensor x, Tensor w_hat, int64_t b, std::optional<Tensor> w_hat_transposed) {
+    const char* op = "block_circ_conv_prepared_add";
+    return named(op, [&] {
+      const Problem p = problem_of_prepared(op, x, w_hat, b, w_hat_transposed);
+      return added(op, p, Form::prepared, w_hat, 1, x, base);
+    });
+  }
+
+  static void prepared_add_(
+      Tensor base, Tensor x, Tensor w_hat, int64_t b, std::optional<Tensor> w_hat_transposed) {
+    const char* op = "block_circ_conv_prepared_add_";
+    named(op, [&] {
+      const Problem p = problem_of_prepared(op, x, w_hat, b, w_hat_transposed);
+      add_in_place(op, p, Form::prepared, w_hat, 1, x, base);
+    });
   }
 
   static void register_all(torch::stable::detail::StableLibrary& m) {
@@ -115,16 +184,13 @@ struct Operators {
     m.impl("block_circ_conv_input_grad", TORCH_BOX(&input_grad));
     m.impl("block_circ_conv_kernel_grad", TORCH_BOX(&kernel_grad));
     m.impl("block_circ_conv_backward", TORCH_BOX(&backward));
+    m.impl("prepare", TORCH_BOX(&prepare));
+    m.impl("block_circ_conv_prepared", TORCH_BOX(&prepared));
+    m.impl("block_circ_conv_prepared_add", TORCH_BOX(&prepared_add));
+    m.impl("block_circ_conv_prepared_add_", TORCH_BOX(&prepared_add_));
   }
 
  private:
-  static Problem problem_of_add(
-      const char* op, const Tensor& base, const Tensor& x, const Tensor& w) {
-    const Problem p = problem_of(op, {"x", x}, w, "n");
-    check_onto(op, "base", base, x, p.out_features());
-    return p;
-  }
-
   static std::vector<int64_t> sizes(const Tensor& like, int64_t features) {
     std::vector<int64_t> s(like.sizes().begin(), like.sizes().end());
     s.back() = features;
@@ -133,12 +199,69 @@ struct Operators {
 
   static Tensor contiguous(const Tensor& t) { return torch::stable::contiguous(t); }
 
-  static Tensor over_tokens(
-      const Problem& p, Product product, const Tensor& a, const Tensor& w, double scale,
-      int64_t features) {
-    Tensor out = torch::stable::new_empty(a, sizes(a, features));
-    if (p.tokens > 0) Backend::run(p, product, contiguous(a), contiguous(w), scale, nullptr, out);
+  static void fill(
+      const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
+      const Tensor& x, const Tensor* base, Tensor& out) {
+    if (p.tokens == 0) return;
+    const Tensor kernel_in = contiguous(kernel), in = contiguous(x);
+    Backend::convolve({op, p, form, kernel_in, scale, in, base, out});
+  }
+
+  static Tensor convolved(
+      const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
+      const Tensor& x) {
+    Tensor out = torch::stable::new_empty(x, sizes(x, p.out_features()));
+    fill(op, p, form, kernel, scale, x, nullptr, out);
     return out;
+  }
+
+  static Tensor added(
+      const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
+      const Tensor& x, const Tensor& base) {
+    check_add(op, p, form, kernel, x, base);
+    Tensor out = torch::stable::new_empty(base, sizes(base, p.out_features()));
+    const Tensor from = contiguous(base);
+    fill(op, p, form, kernel, scale, x, &from, out);
+    return out;
+  }
+
+  // Writes `base` itself, or by way of a new tensor where it is not contiguous or shares memory
+  // with what is read.
+  static void add_in_place(
+      const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
+      const Tensor& x, Tensor& base) {
+    check_add(op, p, form, kernel, x, base);
+    check_writable(op, base);
+    if (p.tokens == 0) return;
+    if (base.is_contiguous() && !meet(base, x) && !meet(base, kernel)) {
+      const Tensor from = base;
+      return fill(op, p, form, kernel, scale, x, &from, base);
+    }
+    torch::stable::copy_(base, added(op, p, form, kernel, scale, x, base));
+  }
+
+  static void check_add(
+      const char* op, const Problem& p, Form form, const Tensor& kernel, const Tensor& x,
+      const Tensor& base) {
+    check_base(op, base, x, p.out_features());
+    check(
+        form != Form::prepared || base.scalar_type() != ScalarType::Double ||
+            kernel.scalar_type() == ScalarType::Double,
+        op, "expected w_hat in float64, as base is: c3a.prepare(w, torch.float64)");
+  }
+
+  // Whether two tensors' memory may overlap.
+  static bool meet(const Tensor& s, const Tensor& t) {
+    const auto bytes = [](const Tensor& a) {
+      const char* begin = static_cast<const char*>(a.data_ptr());
+      int64_t last = 0;
+      for (int64_t d = 0; d < a.dim(); ++d) last += (a.size(d) - 1) * a.stride(d);
+      return std::pair(begin, begin + (last + 1) * a.element_size());
+    };
+    if (s.numel() == 0 || t.numel() == 0) return false;
+    const auto [a, a_end] = bytes(s);
+    const auto [b, b_end] = bytes(t);
+    return a < b_end && b < a_end;
   }
 };
 

@@ -3,26 +3,37 @@
 //   y_i = sum_j C(w_ij) x_j,   i < m, j < n,   C(w)[u, t] = w[(t - u) mod b]
 //
 //   x, dx: (..., n*b)     w, dw: (m, n, b)     y, g: (..., m*b)     tokens: product of "..."
+//   w_hat: (m, n, prepared_length), or (n, m, prepared_length) for the transposed matrix
 //
-// python/c3a/ops.py states the same rules for symbolic sizes; tests/test_errors.py holds the two
+// python/c3a/shapes.py states the same rules for symbolic sizes; tests/test_errors.py holds the two
 // equal, message by message.
 
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "element.h"
+
 namespace c3a {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// What a user did wrong, in words.
+struct Refusal : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 template <class... Parts>
 void check(bool holds, const char* op, const Parts&... parts) {
@@ -30,15 +41,18 @@ void check(bool holds, const char* op, const Parts&... parts) {
   std::ostringstream message;
   message << "c3a." << op << ": ";
   ((message << parts), ...);
-  throw std::runtime_error(message.str());
+  throw Refusal(message.str());
 }
 
-inline std::string shape(const Tensor& t) {
+inline std::string shape(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
   text << '(';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << (t.dim() == 1 ? ",)" : ")");
+  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
+  text << (sizes.size() == 1 ? ",)" : ")");
   return text.str();
+}
+inline std::string shape(const Tensor& t) {
+  return shape(std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
 }
 
 inline std::string device(const Tensor& t) {
@@ -47,23 +61,79 @@ inline std::string device(const Tensor& t) {
   return (t.is_cuda() ? "cuda:" : "device ") + index;
 }
 
-inline std::string name(ScalarType type) {
+// The one list of dtypes that the operator takes.
+inline std::optional<Element> element_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return torch::headeronly::toString(type);
+    case ScalarType::Double: return Element::f64;
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: return std::nullopt;
   }
 }
+inline Element element_of(const Tensor& t) { return element_of(t.scalar_type()).value(); }
 
-inline bool is_supported(ScalarType type) {
-  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
-         type == ScalarType::Half;
+// A dtype's name in Python, by its number: also of those that the stable ABI does not know.
+inline std::string dtype_name(int32_t type) {
+  static constexpr const char* names[] = {
+      "uint8",
+      "int8",
+      "int16",
+      "int32",
+      "int64",
+      "float16",
+      "float32",
+      "float64",
+      "complex32",
+      "complex64",
+      "complex128",
+      "bool",
+      "qint8",
+      "quint8",
+      "qint32",
+      "bfloat16",
+      "quint4x2",
+      "quint2x4",
+      "bits1x8",
+      "bits2x4",
+      "bits4x2",
+      "bits8",
+      "bits16",
+      "float8_e5m2",
+      "float8_e4m3fn",
+      "float8_e5m2fnuz",
+      "float8_e4m3fnuz",
+      "uint16",
+      "uint32",
+      "uint64",
+      "uint1",
+      "uint2",
+      "uint3",
+      "uint4",
+      "uint5",
+      "uint6",
+      "uint7",
+      "int1",
+      "int2",
+      "int3",
+      "int4",
+      "int5",
+      "int6",
+      "int7",
+      "float8_e8m0fnu",
+      "float4_e2m1fn_x2"};
+  const bool known = type >= 0 && type < static_cast<int32_t>(std::size(names));
+  return known ? names[type] : "dtype number " + std::to_string(type);
+}
+
+inline std::string layout_name(int32_t layout) {
+  if (layout == aoti_torch_layout_sparse_coo()) return "sparse_coo";
+  if (layout == aoti_torch_layout_sparse_csr()) return "sparse_csr";
+  if (layout == aoti_torch_layout_sparse_csc()) return "sparse_csc";
+  if (layout == aoti_torch_layout_sparse_bsr()) return "sparse_bsr";
+  if (layout == aoti_torch_layout_sparse_bsc()) return "sparse_bsc";
+  if (layout == aoti_torch_layout__mkldnn()) return "_mkldnn";
+  return "layout number " + std::to_string(layout);
 }
 
 // Sums run in float64 when an operand or the result is float64, in float32 otherwise; results round
@@ -80,22 +150,50 @@ struct Problem {
   int64_t in_features() const { return n * b; }
   int64_t out_features() const { return m * b; }
   int64_t bins() const { return b / 2 + 1; }
+  Problem transposed() const { return {tokens, n, m, b}; }
 };
 
-// A tensor of activations, named as in the schema.
+// Numbers that a block takes in a prepared kernel: the complex bins of its spectrum. On the CPU
+// there is room behind the spectra, at least kPreparedRoom numbers in all, and so a prepared kernel
+// of another device is told by its shape.
+constexpr int64_t kPreparedRoom = 32;
+inline int64_t prepared_length(int64_t m, int64_t n, int64_t b, bool on_cpu) {
+  const int64_t room = (kPreparedRoom + m * n - 1) / (m * n);
+  return 2 * (b / 2 + 1) + (on_cpu ? room + room % 2 : 0);
+}
+
+// A tensor, named as in the schema.
 struct Named {
   const char* name;
   const Tensor& tensor;
 };
 
-inline void check_supported(const char* op, const char* what, ScalarType type) {
-  check(
-      is_supported(type), op, "expected ", what,
-      " to be float64, float32, bfloat16 or float16, got ", name(type));
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  return type;
 }
 
-inline void check_floating(const char* op, const Named& a) {
-  check_supported(op, a.name, a.tensor.scalar_type());
+inline void check_supported(const char* op, const char* what, int32_t type) {
+  const bool supported = type == aoti_torch_dtype_float64() || type == aoti_torch_dtype_float32() ||
+                         type == aoti_torch_dtype_bfloat16() || type == aoti_torch_dtype_float16();
+  check(
+      supported, op, "expected ", what, " to be float64, float32, bfloat16 or float16, got ",
+      dtype_name(type));
+}
+inline void check_supported(const char* op, const char* what, ScalarType type) {
+  check_supported(op, what, static_cast<int32_t>(type));
+}
+
+// A dense tensor of a dtype that is taken.
+inline void check_numbers(const char* op, const Named& a) {
+  check(a.tensor.defined(), op, "expected ", a.name, " to be a tensor, got None");
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(a.tensor.get(), &layout));
+  check(
+      layout == aoti_torch_layout_strided(), op, "expected ", a.name,
+      " to be a dense tensor (torch.strided), got torch.", layout_name(layout));
+  check_supported(op, a.name, dtype_of(a.tensor));
 }
 
 inline void check_same_device(const char* op, const Named& a, const Named& b) {
@@ -115,9 +213,20 @@ inline int64_t check_tokens(const char* op, const Named& a) {
 }
 
 inline void check_kernel(const char* op, const Tensor& w) {
-  check_floating(op, {"w", w});
+  check_numbers(op, {"w", w});
   const bool right = w.dim() == 3 && w.size(0) >= 1 && w.size(1) >= 1 && w.size(2) >= 1;
   check(right, op, "expected a kernel w of shape (m, n, b) with m, n, b >= 1, got ", shape(w));
+}
+
+// One kernel or a stack of them: (..., m, n, b). Returns its Problem, the kernels being tokens.
+inline Problem problem_of_kernels(const char* op, const Tensor& w) {
+  check_numbers(op, {"w", w});
+  const int64_t d = w.dim() - 3;
+  const bool right = d >= 0 && w.size(d) >= 1 && w.size(d + 1) >= 1 && w.size(d + 2) >= 1;
+  check(right, op, "expected kernels w of shape (..., m, n, b) with m, n, b >= 1, got ", shape(w));
+  int64_t kernels = 1;
+  for (int64_t e = 0; e < d; ++e) kernels *= w.size(e);
+  return {kernels, w.size(d), w.size(d + 1), w.size(d + 2)};
 }
 
 inline void check_same_leading(const char* op, const Tensor& g, const Tensor& x) {
@@ -128,23 +237,31 @@ inline void check_same_leading(const char* op, const Tensor& g, const Tensor& x)
       " and ", shape(x));
 }
 
-// What a result is added onto, or written into: shaped like x, but for the last dimension.
-inline void check_onto(
-    const char* op, const char* what, const Tensor& base, const Tensor& x, int64_t features) {
-  check_floating(op, {what, base});
-  check_same_device(op, {what, base}, {"x", x});
-  bool same = base.dim() == x.dim() && base.size(-1) == features;
-  for (int64_t d = 0; same && d + 1 < x.dim(); ++d) same = base.size(d) == x.size(d);
-  std::ostringstream expected;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) expected << x.size(d) << ", ";
-  expected << features << (x.dim() == 1 ? "," : "");
-  check(same, op, "expected ", what, " of shape (", expected.str(), "), got ", shape(base));
+// What a result is added onto: shaped like x, but for the last dimension.
+inline void check_base(const char* op, const Tensor& base, const Tensor& x, int64_t features) {
+  check_numbers(op, {"base", base});
+  check_same_device(op, {"base", base}, {"x", x});
+  std::vector<int64_t> expected(x.sizes().begin(), x.sizes().end());
+  expected.back() = features;
+  const bool same =
+      std::equal(expected.begin(), expected.end(), base.sizes().begin(), base.sizes().end());
+  check(same, op, "expected base of shape ", shape(expected), ", got ", shape(base));
+}
+
+// What is written in place: no two of its elements may lie in one place.
+inline void check_writable(const char* op, const Tensor& base) {
+  bool apart = true;
+  for (int64_t d = 0; d < base.dim(); ++d) apart = apart && (base.size(d) < 2 || base.stride(d));
+  const std::vector<int64_t> strides(base.strides().begin(), base.strides().end());
+  check(
+      apart, op, "expected a base that is not expanded, got strides ", shape(strides),
+      " for shape ", shape(base), "; call base.contiguous() first");
 }
 
 // One tensor of activations with a kernel: the forward (`blocks` is "n") and the input gradient
 // ("m").
 inline Problem problem_of(const char* op, const Named& a, const Tensor& w, const char* blocks) {
-  check_floating(op, a);
+  check_numbers(op, a);
   check_kernel(op, w);
   check_same_device(op, a, {"w", w});
   const int64_t tokens = check_tokens(op, a);
@@ -156,11 +273,61 @@ inline Problem problem_of(const char* op, const Named& a, const Tensor& w, const
   return p;
 }
 
+inline void check_prepared(const char* op, const Named& w_hat, int64_t b) {
+  check_numbers(op, w_hat);
+  const Tensor& t = w_hat.tensor;
+  check(
+      t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op,
+      "expected ", w_hat.name, " in float32 or float64, as c3a.prepare makes it, got ",
+      dtype_name(dtype_of(t)));
+  check(b >= 1, op, "expected block_size >= 1, got ", b);
+  const bool blocks = t.dim() == 3 && t.size(0) >= 1 && t.size(1) >= 1;
+  check(
+      blocks, op, "expected a prepared kernel ", w_hat.name, " of shape (m, n, numbers), got ",
+      shape(t));
+  const int64_t length = prepared_length(t.size(0), t.size(1), b, t.is_cpu());
+  check(
+      t.size(2) == length, op, "expected ", w_hat.name, ".size(-1) == ", length,
+      ", as c3a.prepare makes it for block_size = ", b, " on this device, got ", t.size(2));
+}
+
+// One tensor of activations with a prepared kernel, and the transposed one for its gradient.
+inline Problem problem_of_prepared(
+    const char* op, const Tensor& x, const Tensor& w_hat, int64_t b,
+    const std::optional<Tensor>& w_hat_transposed) {
+  check_numbers(op, {"x", x});
+  check_prepared(op, {"w_hat", w_hat}, b);
+  check_same_device(op, {"x", x}, {"w_hat", w_hat});
+  const int64_t tokens = check_tokens(op, {"x", x});
+  const Problem p{tokens, w_hat.size(0), w_hat.size(1), b};
+  check(
+      x.size(-1) == p.in_features(), op,
+      "expected x.size(-1) == n * block_size = ", p.in_features(),
+      " for a prepared kernel of shape ", shape(w_hat), ", got ", x.size(-1));
+  check(
+      x.scalar_type() != ScalarType::Double || w_hat.scalar_type() == ScalarType::Double, op,
+      "expected w_hat in float64, as x is: c3a.prepare(w, torch.float64)");
+  if (w_hat_transposed) {
+    const Tensor& t = *w_hat_transposed;
+    check_prepared(op, {"w_hat_transposed", t}, b);
+    check_same_device(op, {"w_hat", w_hat}, {"w_hat_transposed", t});
+    const bool mirrored = t.size(0) == p.n && t.size(1) == p.m;
+    check(
+        mirrored, op, "expected w_hat_transposed of shape (n, m, numbers) with n = ", p.n,
+        " and m = ", p.m, ", got ", shape(t));
+    check(
+        t.scalar_type() == w_hat.scalar_type(), op,
+        "expected w_hat and w_hat_transposed of one dtype, got ", dtype_name(dtype_of(w_hat)),
+        " and ", dtype_name(dtype_of(t)));
+  }
+  return p;
+}
+
 // Two tensors of activations and a block size: the kernel gradient.
 inline Problem problem_of(const char* op, const Tensor& g, const Tensor& x, int64_t b) {
   const Named named_g{"grad_output", g}, named_x{"x", x};
-  check_floating(op, named_g);
-  check_floating(op, named_x);
+  check_numbers(op, named_g);
+  check_numbers(op, named_x);
   check_same_device(op, named_g, named_x);
   check(b >= 1, op, "expected block_size >= 1, got ", b);
   const int64_t tokens = check_tokens(op, named_g);

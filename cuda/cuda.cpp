@@ -13,7 +13,6 @@
 #include <cstdlib>
 
 #include "../cpp/cuda_controls.h"
-#include "../cpp/dispatch.h"
 #include "kernels.h"
 #include "launch.h"
 #include "plans.h"
@@ -115,7 +114,7 @@ Device current_device() {
   const int minor = ask(cudaDevAttrComputeCapabilityMinor);
   if (major * 10 + minor < 75 || !has_code()) {
     std::ostringstream message;
-    message << "c3a: cuda:" << device.index << " has compute capability " << major << '.' << minor
+    message << "cuda:" << device.index << " has compute capability " << major << '.' << minor
             << ", and this build of the CUDA library has code for " << C3A_CUDA_ARCHITECTURES
             << ": use a build for that device, or the CPU";
     throw std::runtime_error(message.str());
@@ -131,24 +130,14 @@ cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-Element element(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double: return Element::f64;
-    case ScalarType::Float: return Element::f32;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    default: throw std::logic_error("c3a: dtype was not checked");
-  }
-}
-
 // A contiguous tensor from its element `first` on, to be written, or only to be read: then a tensor
 // that is copied on write stays as it is.
 Numbers numbers(const Tensor& t, int64_t first = 0) {
-  const Element type = element(t.scalar_type());
+  const Element type = element_of(t);
   return {static_cast<char*>(t.mutable_data_ptr()) + first * bytes_of(type), type};
 }
 Numbers operand(const Tensor& t, int64_t first = 0) {
-  const Element type = element(t.scalar_type());
+  const Element type = element_of(t);
   char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
   return {data + first * bytes_of(type), type};
 }
@@ -158,86 +147,140 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// One call of the operator on the current device and stream.
-class Call {
+template <class T>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class Real>
+bool is_aligned_to_complex(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Complex<Real>) == 0;
+}
+
+// Whether prepare() lays a kernel out for the fused path: by what every later call knows.
+bool has_fused_layout(int64_t b, ScalarType type) {
+  return type == ScalarType::Float && has_fused_path(b);
+}
+
+// The steps of one call, on the current device and stream.
+class Steps {
  public:
-  Call(const Problem& problem, const Tensor& like)
+  Steps(const Problem& problem, const Tensor& like)
       : p_(problem), like_(like), device_(current_device()), stream_(current_stream(like)) {}
 
-  // The path for the forward or the input gradient. In units of bytes from the device's memory, the
-  // second-level cache being twice as fast: cuFFT's path moves 16 bytes more for every number in
-  // and out, and the kernel's spectra once; the fused one moves the spectra through the cache for
-  // every tile.
-  bool is_fused(Product which, ScalarType type) const {
+  // The path of a convolution. In units of bytes from the device's memory, the second-level cache
+  // being twice as fast: cuFFT's path moves 16 bytes more for every number in and out, and the
+  // kernel's spectra once; the fused one moves the spectra through the cache for every tile. A
+  // prepared kernel is laid out for the fused one, and takes it where it can.
+  bool is_fused(const Convolution& c) const {
     const Path path = controls.chosen_path();
-    if (path == Path::cufft || type == ScalarType::Double) return false;
-    const Tile tile = tile_of(which);
-    if (tile.tokens == 0 || path == Path::fused) return tile.tokens > 0;
-    const int64_t spectra = 4 * p_.m * p_.n * p_.b;
-    const int64_t tiles = (p_.tokens + tile.tokens - 1) / tile.tokens;
+    const bool wide = compute_type({c.in, c.kernel, c.out}) == ScalarType::Double;
+    if (path == Path::cufft || wide) return false;
+    const Tile tile = tile_of(c.p);
+    if (tile.tokens == 0) return false;
+    if (path == Path::fused || c.form == Form::prepared) return true;
+    const int64_t spectra = 4 * c.p.m * c.p.n * c.p.b;
+    const int64_t tiles = (c.p.tokens + tile.tokens - 1) / tile.tokens;
     return tiles * (spectra / 2) <=
-           p_.tokens * 16 * (p_.in_features() + p_.out_features()) + spectra;
+           c.p.tokens * 16 * (c.p.in_features() + c.p.out_features()) + spectra;
   }
 
-  void run_fused(
-      Product which, const Tensor& a, const Tensor& w, double scale, const Tensor* base,
-      Tensor& out) const {
-    const Tensor w_hat = empty<float>(p_.m * p_.n * p_.b);
-    const float factor = static_cast<float>(scale) * fused_factor(p_.b);
-    kernel_spectra(p_.b, operand(w), data<float2>(w_hat), p_.m * p_.n, factor, device_, stream_);
-    const bool forward = which == Product::forward;
-    const Fused fused_problem{
-        .b = p_.b,
-        .tokens = p_.tokens,
-        .in_blocks = forward ? p_.n : p_.m,
-        .out_blocks = forward ? p_.m : p_.n,
-        .in = operand(a),
-        .out = numbers(out),
-        .base = base ? operand(*base).data : nullptr,
-        .w_hat = data<float2>(w_hat),
-        .w_out = forward ? p_.n : 1,
-        .w_in = forward ? 1 : p_.n,
-        .conjugate = forward};
-    fused(fused_problem, tile_of(which), device_, stream_);
-  }
-
-  // The rows of Product's table by cuFFT, sums in Real. Any of the results may be left out: `out`
-  // by a null `w`, `dw` by a null `x`.
-  template <class Real>
-  void run_cufft(
-      Product which, const Tensor& a, const Tensor* w, const Tensor* x, double scale,
-      const Tensor* base, Tensor* out, Tensor* dw) const {
-    const Real factor = static_cast<Real>(scale / static_cast<double>(p_.b));
-    const int64_t a_blocks = which == Product::forward ? p_.n : p_.m;
-    const int64_t out_blocks = which == Product::forward ? p_.m : p_.n;
-    Tensor w_hat = like_, dw_hat = like_;
-    if (w) w_hat = spectra<Real>(operand(*w), p_.m, p_.m, p_.n, factor);
-    if (x) dw_hat = complexes<Real>({p_.bins(), p_.m, p_.n});
-    const int64_t size = chunk<Real>();
-    for (int64_t first = 0; first < p_.tokens; first += size) {
-      const int64_t tokens = std::min(size, p_.tokens - first), rows = planned(tokens);
-      const Tensor a_hat =
-          spectra<Real>(operand(a, first * a_blocks * p_.b), tokens, rows, a_blocks, Real{1});
-      if (w) {
-        const Tensor out_hat = contract<Real>(which, a_hat, w_hat, rows);
-        const int64_t begin = first * out_blocks * p_.b;
-        finish<Real>(
-            out_hat, tokens, rows, out_blocks, Real{1}, base ? operand(*base, begin).data : nullptr,
-            numbers(*out, begin));
-      }
-      if (x) {
-        const Tensor x_hat =
-            spectra<Real>(operand(*x, first * p_.n * p_.b), tokens, rows, p_.n, Real{1});
-        accumulate<Real>(a_hat, x_hat, rows, first > 0, dw_hat);
-      }
+  void convolve_fused(const Convolution& c) const {
+    Tensor w_hat = like_;
+    if (c.form == Form::prepared) {
+      w_hat = readable(c.kernel);
+    } else {
+      w_hat = empty<float>(c.p.m * c.p.n * c.p.b);
+      const bool transposed = c.form == Form::transposed;
+      Problem kernel = transposed ? c.p.transposed() : c.p;
+      kernel.tokens = 1;
+      prepare_fused({kernel, c.kernel, transposed, c.scale, w_hat});
     }
-    if (x) finish<Real>(dw_hat, p_.m, p_.m, p_.n, factor, nullptr, numbers(*dw));
+    const Fused problem{
+        .b = c.p.b,
+        .tokens = c.p.tokens,
+        .in_blocks = c.p.n,
+        .out_blocks = c.p.m,
+        .in = operand(c.in),
+        .out = numbers(c.out),
+        .base = c.base ? operand(*c.base).data : nullptr,
+        .w_hat = read<float2>(w_hat)};
+    fused(problem, tile_of(c.p), device_, stream_);
+  }
+
+  void prepare_fused(const Preparation& c) const {
+    const KernelSpectra problem{
+        .b = c.p.b,
+        .kernels = static_cast<unsigned>(c.p.tokens),
+        .m = static_cast<unsigned>(c.p.m),
+        .n = static_cast<unsigned>(c.p.n),
+        .transposed = c.transposed,
+        .factor = static_cast<float>(c.scale) * fused_factor(c.p.b),
+        .in = operand(c.w),
+        .out = data<float2>(c.out),
+        .stride = c.out.numel() / c.p.tokens / 2};
+    kernel_spectra(problem, device_, stream_);
+  }
+
+  // By cuFFT, sums in Real.
+  template <class Real>
+  void convolve_by_cufft(const Convolution& c) const {
+    const Tensor w_hat = kernel_bins<Real>(c);
+    for_chunks<Real>([&](const Chunk& chunk) {
+      const Tensor in_hat = activations<Real>(c.in, c.p.n, chunk);
+      convolve_chunk<Real>(c, chunk, in_hat, w_hat);
+    });
+  }
+
+  // The kernel's gradient, and the input's if given, which takes the same spectra.
+  template <class Real>
+  void gradients_by_cufft(const Gradients& c, const Convolution* input) const {
+    Tensor w_hat = like_;
+    if (input) w_hat = kernel_bins<Real>(*input);
+    const Tensor dw_hat = complexes<Real>({p_.bins(), p_.m, p_.n});
+    for_chunks<Real>([&](const Chunk& chunk) {
+      const Tensor g_hat = activations<Real>(c.g, p_.m, chunk);
+      if (input) convolve_chunk<Real>(*input, chunk, g_hat, w_hat);
+      const Tensor x_hat = activations<Real>(c.x, p_.n, chunk);
+      accumulate<Real>(g_hat, x_hat, chunk, dw_hat);
+    });
+    finish<Real>(dw_hat, p_.m, p_.m, p_.n, kernel_factor<Real>(c.scale), nullptr, numbers(c.dw));
+  }
+
+  // One kernel at a time, by the plan and to the bits of a call that is not prepared.
+  template <class Real>
+  void prepare_by_cufft(const Preparation& c) const {
+    const Problem result = c.transposed ? p_.transposed() : p_;
+    for (int64_t kernel = 0; kernel < p_.tokens; ++kernel) {
+      const Numbers w = operand(c.w, kernel * p_.m * p_.n * p_.b);
+      const Tensor w_hat = spectra<Real>(w, p_.m, p_.m, p_.n, kernel_factor<Real>(c.scale));
+      Tensor to = prepared_bins(result, c.out, kernel);
+      torch::stable::copy_(to, c.transposed ? adjoint(w_hat) : w_hat);
+    }
   }
 
  private:
-  Tile tile_of(Product which) const {
-    const int64_t in_blocks = which == Product::forward ? p_.n : p_.m;
-    return fused_tile(p_.b, in_blocks, device_.shared_bytes_per_block);
+  // Tokens that are done at once, and the rows that are transformed for them.
+  struct Chunk {
+    int64_t first, tokens, rows;
+  };
+
+  Tile tile_of(const Problem& p) const {
+    return fused_tile(p.b, p.n, device_.shared_bytes_per_block);
+  }
+
+  template <class Real>
+  Real kernel_factor(double scale) const {
+    return static_cast<Real>(scale / static_cast<double>(p_.b));
+  }
+
+  template <class Real, class F>
+  void for_chunks(const F& f) const {
+    const int64_t size = chunk<Real>();
+    for (int64_t first = 0; first < p_.tokens; first += size) {
+      const int64_t tokens = std::min(size, p_.tokens - first);
+      f(Chunk{first, tokens, planned(tokens)});
+    }
   }
 
   // Tokens at a time, so that what a call holds at once stays about within the limit: the spectra
@@ -260,14 +303,50 @@ class Call {
     return (tokens + step - 1) / step * step;
   }
 
+  // A kernel's spectra bin by bin: (bins, m, n), or (bins, n, m) of the other direction's kernel.
+  template <class Real>
+  Tensor kernel_bins(const Convolution& c) const {
+    if (c.form != Form::prepared) {
+      const Problem kernel = c.form == Form::transposed ? c.p.transposed() : c.p;
+      return spectra<Real>(
+          operand(c.kernel), kernel.m, kernel.m, kernel.n, kernel_factor<Real>(c.scale));
+    }
+    const Tensor w_hat = readable(c.kernel);
+    if constexpr (std::is_same_v<Real, float>) {
+      if (has_fused_layout(c.p.b, w_hat.scalar_type())) {
+        const Tensor bins = complexes<float>({c.p.bins(), c.p.m, c.p.n});
+        bins_of_slots(c.p.b, c.p.m * c.p.n, read<float2>(w_hat), data<float2>(bins), stream_);
+        return bins;
+      }
+    }
+    return prepared_bins(c.p, w_hat, 0);
+  }
+
+  template <class Real>
+  Tensor activations(const Tensor& a, int64_t blocks, const Chunk& chunk) const {
+    const Numbers first = operand(a, chunk.first * blocks * p_.b);
+    return spectra<Real>(first, chunk.tokens, chunk.rows, blocks, Real{1});
+  }
+
+  // What is left to do with a chunk's spectra.
+  template <class Real>
+  void convolve_chunk(
+      const Convolution& c, const Chunk& chunk, const Tensor& in_hat, const Tensor& w_hat) const {
+    const Tensor out_hat = contract<Real>(c, in_hat, w_hat, chunk.rows);
+    const int64_t begin = chunk.first * c.p.out_features();
+    finish<Real>(
+        out_hat, chunk.tokens, chunk.rows, c.p.m, Real{1},
+        c.base ? operand(*c.base, begin).data : nullptr, numbers(c.out, begin));
+  }
+
   // given * blocks * b numbers times a factor, and zeros for more rows -> (bins, rows, blocks)
   template <class Real>
   Tensor spectra(const Numbers& a, int64_t given, int64_t rows, int64_t blocks, Real factor) const {
     const int64_t batch = rows * blocks;
     constexpr Element type = std::is_same_v<Real, double> ? Element::f64 : Element::f32;
     // cuFFT wants real numbers aligned to complex ones.
-    const bool as_it_is = a.type == type && factor == 1 && given == rows &&
-                          reinterpret_cast<uintptr_t>(a.data) % sizeof(Complex<Real>) == 0;
+    const bool as_it_is =
+        a.type == type && factor == 1 && given == rows && is_aligned_to_complex<Real>(a.data);
     Tensor converted = like_;
     void* real = a.data;
     if (!as_it_is) {
@@ -288,30 +367,31 @@ class Call {
     const int64_t batch = rows * blocks;
     constexpr Element type = std::is_same_v<Real, double> ? Element::f64 : Element::f32;
     const bool as_it_is = out.type == type && factor == 1 && !base && given == rows &&
-                          reinterpret_cast<uintptr_t>(out.data) % sizeof(Complex<Real>) == 0;
+                          is_aligned_to_complex<Real>(out.data);
     if (as_it_is) return transform(kInverse<Real>, batch, a_hat.mutable_data_ptr(), out.data);
     const Tensor real = empty<Real>(batch * p_.b);
     transform(kInverse<Real>, batch, a_hat.mutable_data_ptr(), real.mutable_data_ptr());
-    store(data<Real>(real), base, out, given * blocks * p_.b, factor, stream_);
+    store(read<Real>(real), base, out, given * blocks * p_.b, factor, stream_);
   }
 
-  // Y = X W^H or dX = G W, bin by bin. cuBLAS has the better product for large matrices; all chunks
-  // of a call take the same.
+  // Y = X W^H, or G W for the other direction's kernel, bin by bin. cuBLAS has the better product
+  // for large matrices; all chunks of a call take the same.
   template <class Real>
-  Tensor contract(Product which, const Tensor& a_hat, const Tensor& w_hat, int64_t rows) const {
+  Tensor contract(
+      const Convolution& c, const Tensor& in_hat, const Tensor& w_hat, int64_t rows) const {
     constexpr int64_t kLarge = 32;
-    const bool forward = which == Product::forward;
-    if (std::min({p_.m, p_.n, p_.tokens}) >= kLarge) {
-      return torch::stable::matmul(a_hat, forward ? adjoint(w_hat) : w_hat);
+    const bool transposed = c.form == Form::transposed;
+    if (std::min({c.p.m, c.p.n, c.p.tokens}) >= kLarge) {
+      return torch::stable::matmul(in_hat, transposed ? w_hat : adjoint(w_hat));
     }
-    const int m = static_cast<int>(p_.m), n = static_cast<int>(p_.n);
-    const int64_t per_bin = p_.m * p_.n;
-    const Factor a = forward ? Factor{n, 1, rows * n, false} : Factor{m, 1, rows * m, false};
-    const Factor w = forward ? Factor{1, n, per_bin, true} : Factor{n, 1, per_bin, false};
-    const Sizes sizes{p_.bins(), rows, forward ? m : n, forward ? n : m};
+    const int in = static_cast<int>(c.p.n), out = static_cast<int>(c.p.m);
+    const int64_t per_bin = c.p.m * c.p.n;
+    const Factor a{in, 1, rows * in, false};
+    const Factor w = transposed ? Factor{out, 1, per_bin, false} : Factor{1, in, per_bin, true};
+    const Sizes sizes{c.p.bins(), rows, out, in};
     const Tensor out_hat = complexes<Real>({sizes.bins, sizes.rows, sizes.columns});
     product<Real>(
-        data<Complex<Real>>(a_hat), a, data<Complex<Real>>(w_hat), w, data<Complex<Real>>(out_hat),
+        read<Complex<Real>>(in_hat), a, read<Complex<Real>>(w_hat), w, data<Complex<Real>>(out_hat),
         sizes, /* parts= */ 1, stream_);
     return out_hat;
   }
@@ -319,20 +399,21 @@ class Call {
   // dW^ (+)= G^H X, bin by bin. Never by cuBLAS, whose sums may depend on more than the sizes.
   template <class Real>
   void accumulate(
-      const Tensor& g_hat, const Tensor& x_hat, int64_t rows, bool onto, Tensor& dw_hat) const {
+      const Tensor& g_hat, const Tensor& x_hat, const Chunk& chunk, const Tensor& dw_hat) const {
     const int m = static_cast<int>(p_.m), n = static_cast<int>(p_.n);
     const int64_t size = p_.bins() * p_.m * p_.n;
-    const Factor g{1, m, rows * m, true}, x{n, 1, rows * n, false};
-    const Sizes sizes{p_.bins(), m, n, rows};
+    const Factor g{1, m, chunk.rows * m, true}, x{n, 1, chunk.rows * n, false};
+    const Sizes sizes{p_.bins(), m, n, chunk.rows};
+    const bool onto = chunk.first > 0;
     const int64_t parts = parts_of(sizes);
     const bool direct = parts == 1 && !onto;
     const Tensor terms = direct ? dw_hat : complexes<Real>({parts, p_.bins(), p_.m, p_.n});
     product<Real>(
-        data<Complex<Real>>(g_hat), g, data<Complex<Real>>(x_hat), x, data<Complex<Real>>(terms),
+        read<Complex<Real>>(g_hat), g, read<Complex<Real>>(x_hat), x, data<Complex<Real>>(terms),
         sizes, parts, stream_);
     if (direct) return;
     sum_parts<Real>(
-        data<Complex<Real>>(terms), data<Complex<Real>>(dw_hat), size, parts, onto, stream_);
+        read<Complex<Real>>(terms), data<Complex<Real>>(dw_hat), size, parts, onto, stream_);
   }
 
   void transform(cufftType type, int64_t batch, void* in, void* out) const {
@@ -368,38 +449,43 @@ void with_real(ScalarType type, const F& f) {
 
 }  // namespace
 
-void Cuda::run(
-    const Problem& p, Product which, const Tensor& a, const Tensor& b, double scale,
-    const Tensor* base, Tensor& out) {
-  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  const Call call(p, a);
-  const ScalarType type = compute_type({a, b, out});
-  const bool kernel_grad = which == Product::kernel_grad;
-  if (!kernel_grad && call.is_fused(which, type)) {
-    return call.run_fused(which, a, b, scale, base, out);
-  }
-  with_real(type, [&](auto zero) {
-    using Real = decltype(zero);
-    if (kernel_grad) {
-      call.run_cufft<Real>(which, a, nullptr, &b, scale, nullptr, nullptr, &out);
-    } else {
-      call.run_cufft<Real>(which, a, &b, nullptr, scale, base, &out, nullptr);
-    }
+void Cuda::convolve(const Convolution& c) {
+  const torch::stable::accelerator::DeviceGuard guard(c.in.get_device_index());
+  const Steps steps(c.p, c.in);
+  if (steps.is_fused(c)) return steps.convolve_fused(c);
+  with_real(compute_type({c.in, c.kernel, c.out}), [&](auto zero) {
+    steps.convolve_by_cufft<decltype(zero)>(c);
   });
 }
 
-void Cuda::backward(
-    const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
-    Tensor& dw) {
-  const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
-  const Call call(p, g);
-  const ScalarType type = compute_type({g, x, w});
-  const bool fused = call.is_fused(Product::input_grad, type);
-  if (fused) call.run_fused(Product::input_grad, g, w, scale, nullptr, dx);
-  with_real(type, [&](auto zero) {
-    call.run_cufft<decltype(zero)>(
-        Product::input_grad, g, fused ? nullptr : &w, &x, scale, nullptr, &dx, &dw);
-  });
+void Cuda::gradients(const Gradients& c) {
+  const torch::stable::accelerator::DeviceGuard guard(c.g.get_device_index());
+  const Steps steps(c.p, c.g);
+  const auto by_cufft = [&](const Convolution* input) {
+    with_real(compute_type({c.g, c.x, c.dw}), [&](auto zero) {
+      steps.gradients_by_cufft<decltype(zero)>(c, input);
+    });
+  };
+  if (!c.dx) return by_cufft(nullptr);
+  const Convolution input{"block_circ_conv_backward",
+                          c.p.transposed(),
+                          Form::transposed,
+                          *c.w,
+                          c.scale,
+                          c.g,
+                          nullptr,
+                          *c.dx};
+  const bool fused = steps.is_fused(input);
+  if (fused) steps.convolve_fused(input);
+  by_cufft(fused ? nullptr : &input);
+}
+
+void Cuda::prepare(const Preparation& c) {
+  const torch::stable::accelerator::DeviceGuard guard(c.w.get_device_index());
+  const Steps steps(c.p, c.w);
+  const ScalarType type = c.out.scalar_type();
+  if (has_fused_layout(c.p.b, type)) return steps.prepare_fused(c);
+  with_real(type, [&](auto zero) { steps.prepare_by_cufft<decltype(zero)>(c); });
 }
 
 }  // namespace c3a::cuda

@@ -7,12 +7,9 @@
 namespace c3a::cuda {
 
 struct Cuda {
-  static void run(
-      const Problem& p, Product which, const Tensor& a, const Tensor& b, double scale,
-      const Tensor* base, Tensor& out);
-  static void backward(
-      const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
-      Tensor& dw);
+  static void convolve(const Convolution& c);
+  static void gradients(const Gradients& c);
+  static void prepare(const Preparation& c);
 };
 
 }  // namespace c3a::cuda

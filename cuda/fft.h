@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "../cpp/turns.h"
 #include "kernels.h"
 #include "launch.h"
 
@@ -26,33 +27,12 @@ struct Turns {
   float2 at[kTurn];  // exp(-2 pi i k / kTurn)
 };
 
-constexpr double series(double x, bool sine) {
-  double term = sine ? x : 1, sum = term;
-  for (int i = sine ? 2 : 1; i < 20; i += 2) sum += term *= -x * x / (i * (i + 1));
-  return sum;
-}
-
-// Computed in float64 and rounded once: the first eighth of the circle by series, the rest by
-// symmetry.
+// Computed in float64 and rounded once.
 constexpr Turns make_turns() {
   Turns turns{};
-  constexpr double kTau = 6.283185307179586476925286766559;
-  constexpr int kEighth = kTurn / 8;
-  for (int k = 0; k <= kEighth; ++k) {
-    const float c = static_cast<float>(series(kTau * k / kTurn, false));
-    const float s = static_cast<float>(series(kTau * k / kTurn, true));
-    const float2 octants[8] = {{c, -s}, {s, -c}, {-s, -c}, {-c, -s},
-                               {-c, s}, {-s, c}, {s, c},   {c, s}};
-    const int places[8] = {
-        k,
-        2 * kEighth - k,
-        2 * kEighth + k,
-        4 * kEighth - k,
-        4 * kEighth + k,
-        6 * kEighth - k,
-        6 * kEighth + k,
-        (8 * kEighth - k) % kTurn};
-    for (int octant = 0; octant < 8; ++octant) turns.at[places[octant]] = octants[octant];
+  for (int k = 0; k < kTurn; ++k) {
+    const double c = c3a::turn<double>(k, kTurn, false), s = c3a::turn<double>(k, kTurn, true);
+    turns.at[k] = {static_cast<float>(c), static_cast<float>(-s)};
   }
   return turns;
 }

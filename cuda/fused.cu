@@ -84,23 +84,22 @@ __device__ inline void load_rows(
   __syncthreads();
 }
 
-// y[o][t][slot] = sum_i w^_oi[slot] z[i][t][slot] for the group of output blocks from `first_out`
+// y[o][t][slot] = sum_i conj(w^_oi[slot]) z[i][t][slot] for the group of output blocks from
+// `first_out`
 template <int kLog, int kTokens>
 __device__ inline void multiply(const Fused& f, int first_out, const float2* spectra, float2* y) {
   constexpr int h = 1 << kLog, kAtOnce = kGroup<kLog> < kProducts ? kGroup<kLog> : kProducts;
   for (int e = threadIdx.x; e < (kGroup<kLog> / kAtOnce) << kLog; e += kThreads) {
     const int slot = e & (h - 1), out = (e >> kLog) * kAtOnce;
-    // Slot 0 holds two real bins, which are not multiplied with each other.
-    const float sign = slot == 0 ? 0.0f : f.conjugate ? -1.0f : 1.0f;
     float2 sums[kAtOnce][kTokens] = {};
     const float2* z = spectra;
     int at[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) at[t] = place<kLog>(t, slot);
-    const float2* w = f.w_hat + (first_out + out) * f.w_out * h + slot;
-    const int64_t next_in = f.w_in * h, next_out = f.w_out * h;
+    const int64_t next_out = f.in_blocks * h;
+    const float2* w = f.w_hat + (first_out + out) * next_out + slot;
     const int64_t left = f.out_blocks - first_out - out;
-    for (int i = 0; i < f.in_blocks; ++i, w += next_in, z += kTokens * h) {
+    for (int i = 0; i < f.in_blocks; ++i, w += h, z += kTokens * h) {
       float2 factors[kAtOnce];
 #pragma unroll
       for (int o = 0; o < kAtOnce; ++o) factors[o] = o < left ? w[o * next_out] : float2{0, 0};
@@ -110,11 +109,12 @@ __device__ inline void multiply(const Fused& f, int first_out, const float2* spe
 #pragma unroll
         for (int o = 0; o < kAtOnce; ++o) {
           const float2 v = factors[o];
-          const float other = slot == 0 ? v.y : v.x, cross = sign * v.y;
+          // Slot 0 holds two real bins, which are not multiplied with each other.
+          const float other = slot == 0 ? v.y : v.x, cross = slot == 0 ? 0 : v.y;
           sums[o][t].x += v.x * x.x;
-          sums[o][t].x -= cross * x.y;
+          sums[o][t].x += cross * x.y;
           sums[o][t].y += other * x.y;
-          sums[o][t].y += cross * x.x;
+          sums[o][t].y -= cross * x.x;
         }
       }
     }
@@ -187,19 +187,25 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 constexpr int kKernelRows = 8;  // in one thread block
 
+// Rows are the blocks of all kernels: fewer than 2^32 in any memory.
 template <int kLog>
-__global__ void __launch_bounds__(kThreads, 2) transform_kernel(
-    Numbers in, float2* __restrict__ out, int64_t rows, float factor, bool aligned) {
-  constexpr int h = 1 << kLog;
+__global__ void __launch_bounds__(kThreads, 2) transform_kernel(KernelSpectra k, bool aligned) {
+  constexpr int h = 1 << kLog, kWriters = kThreads / kKernelRows;
   C3A_SHARED(float2, z);
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kKernelRows;
-  load_rows<kLog, kKernelRows>(in, first_row, rows, 1, aligned, z);
+  const unsigned blocks = k.m * k.n, rows = k.kernels * blocks;
+  const unsigned first_row = blockIdx.x * kKernelRows, within = threadIdx.x / kWriters;
+  load_rows<kLog, kKernelRows>(k.in, first_row, rows, 1, aligned, z);
   forward<kLog>(z, kKernelRows);
-  const int64_t left = rows - first_row;
-  const int size = (left < kKernelRows ? static_cast<int>(left) : kKernelRows) * h;
-  for (int e = threadIdx.x; e < size; e += kThreads) {
-    const float2 value = z[place<kLog>(e)];
-    out[first_row * h + e] = {factor * value.x, factor * value.y};
+  const unsigned row = first_row + within;
+  if (row >= rows) return;
+  const unsigned kernel = row / blocks, block = row % blocks;
+  const int64_t to = k.transposed ? block % k.n * k.m + block / k.n : block;
+  float2* const out = k.out + kernel * k.stride + to * h;
+  for (int slot = threadIdx.x % kWriters; slot < h; slot += kWriters) {
+    const float2 value = z[place<kLog>(within, slot)];
+    // Slot 0 holds two real bins.
+    const float sign = k.transposed && slot > 0 ? -1.0f : 1.0f;
+    out[slot] = {k.factor * value.x, sign * k.factor * value.y};
   }
 }
 
@@ -214,7 +220,7 @@ auto with_log(int64_t b, const F& f) {
     case 512: return f(std::integral_constant<int, 8>{});
     case 1024: return f(std::integral_constant<int, 9>{});
     case 2048: return f(std::integral_constant<int, 10>{});
-    default: throw std::logic_error("c3a: this block size has no fused path");
+    default: throw std::logic_error("this block size has no fused path");
   }
 }
 
@@ -226,8 +232,7 @@ int64_t shared_bytes_of(int64_t b, int64_t in_blocks, int tokens) {
 }  // namespace
 
 Tile fused_tile(int64_t b, int64_t in_blocks, int64_t shared_bytes_per_block) {
-  const bool has_path = b >= kShortestFused && b <= kLongestFused && (b & (b - 1)) == 0;
-  if (!has_path) return {0, 0};
+  if (!has_fused_path(b)) return {0, 0};
   for (const int tokens : {8, 4}) {
     const int64_t bytes = shared_bytes_of(b, in_blocks, tokens);
     if (bytes <= shared_bytes_per_block) return {tokens, bytes};
@@ -235,16 +240,15 @@ Tile fused_tile(int64_t b, int64_t in_blocks, int64_t shared_bytes_per_block) {
   return {0, 0};
 }
 
-void kernel_spectra(
-    int64_t b, const Numbers& in, float2* out, int64_t rows, float factor, const Device& device,
-    cudaStream_t stream) {
-  const unsigned grid = static_cast<unsigned>((rows + kKernelRows - 1) / kKernelRows);
-  with_log(b, [&](auto log) {
+void kernel_spectra(const KernelSpectra& problem, const Device& device, cudaStream_t stream) {
+  const unsigned rows = problem.kernels * problem.m * problem.n;
+  const unsigned grid = (rows + kKernelRows - 1) / kKernelRows;
+  with_log(problem.b, [&](auto log) {
     const size_t bytes = kKernelRows * (sizeof(float2) << log);
     allow_shared_memory(&transform_kernel<log>, bytes, device.shared_bytes_per_block);
     C3A_LAUNCH(
-        (transform_kernel<log>), grid, kThreads, bytes, stream, in, out, rows, factor,
-        is_aligned(in.data));
+        (transform_kernel<log>), grid, kThreads, bytes, stream, problem,
+        is_aligned(problem.in.data));
   });
 }
 

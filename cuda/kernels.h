@@ -8,16 +8,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../cpp/element.h"
+
 namespace c3a::cuda {
 
 template <class Real>
 using Complex = std::conditional_t<std::is_same_v<Real, double>, double2, float2>;
-
-enum class Element { f64, f32, bf16, f16 };
-
-inline int64_t bytes_of(Element type) {
-  return type == Element::f64 ? 8 : type == Element::f32 ? 4 : 2;
-}
 
 // Numbers in device memory.
 struct Numbers {
@@ -79,8 +75,8 @@ struct Device {
 //
 //   out[t, o] = base[t, o] + sum_i kernel_oi applied to in[t, i],   o < out_blocks, i < in_blocks
 //
-// b is a power of two, 32 to 2048; numbers are not float64. Kernel spectra are (rows, b/2) complex
-// numbers in the order of fft.h.
+// b is a power of two, 32 to 2048; numbers are not float64. A kernel's spectra are (out_blocks,
+// in_blocks, b/2) complex numbers in the order of fft.h, aligned to one of them.
 struct Tile {
   int tokens;            // in one thread block's tile
   int64_t shared_bytes;  // that it needs; at most what was asked for
@@ -88,26 +84,41 @@ struct Tile {
 
 constexpr int64_t kShortestFused = 32, kLongestFused = 2048;
 
+inline bool has_fused_path(int64_t b) {
+  return b >= kShortestFused && b <= kLongestFused && (b & (b - 1)) == 0;
+}
+
 // The largest tile that fits, or none: zero tokens.
 Tile fused_tile(int64_t b, int64_t in_blocks, int64_t shared_bytes_per_block);
 
 struct Fused {
   int64_t b, tokens, in_blocks, out_blocks;
   Numbers in, out;
-  const void* base;     // has out's type; null: zero. It may be out.data.
-  const float2* w_hat;  // of block (o, i) at o * w_out + i * w_in, in units of b/2
-  int64_t w_out, w_in;
-  bool conjugate;  // the forward takes conj(w^), the input gradient w^
+  const void* base;  // has out's type; null: zero. It may be out.data.
+  const float2* w_hat;
 };
 
-// out[row, slot] = factor * the spectrum of row `row` of `in`: rows * b numbers
-void kernel_spectra(
-    int64_t b, const Numbers& in, float2* out, int64_t rows, float factor, const Device& device,
-    cudaStream_t stream);
+void fused(const Fused& problem, const Tile& tile, const Device& device, cudaStream_t stream);
+
+// Kernels (m, n, b), one after another, and their spectra for the fused path, or those of the
+// transposed matrices, (n, m, b/2): conjugated.
+struct KernelSpectra {
+  int64_t b;
+  unsigned kernels, m, n;
+  bool transposed;
+  float factor;
+  Numbers in;
+  float2* out;
+  int64_t stride;  // of out, from kernel to kernel
+};
+
+void kernel_spectra(const KernelSpectra& problem, const Device& device, cudaStream_t stream);
 
 // What undoes the scaling of fft.h's transforms, as a factor of the kernel's spectra.
 inline float fused_factor(int64_t b) { return 0.25f / static_cast<float>(b); }
 
-void fused(const Fused& problem, const Tile& tile, const Device& device, cudaStream_t stream);
+// The fused path's spectra of a kernel of so many blocks, scaled and laid out for cuFFT's: (bins,
+// blocks).
+void bins_of_slots(int64_t b, int64_t blocks, const float2* in, float2* out, cudaStream_t stream);
 
 }  // namespace c3a::cuda

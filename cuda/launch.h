@@ -29,8 +29,7 @@ inline void check_cuda(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // takes the error back: the next launch is not to be blamed for it
   std::ostringstream message;
-  message << "c3a: " << call << " failed: " << cudaGetErrorName(error) << ", "
-          << cudaGetErrorString(error);
+  message << call << " failed: " << cudaGetErrorName(error) << ", " << cudaGetErrorString(error);
   throw std::runtime_error(message.str());
 }
 

@@ -66,7 +66,7 @@ inline void with_type(Element type, const F& f) {
       if constexpr (kWide) {
         return f(static_cast<double*>(nullptr));
       } else {
-        throw std::logic_error("c3a: float64 among numbers whose sums run in float32");
+        throw std::logic_error("float64 among numbers whose sums run in float32");
       }
     case Element::f32: return f(static_cast<float*>(nullptr));
     case Element::bf16: return f(static_cast<__nv_bfloat16*>(nullptr));

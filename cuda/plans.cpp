@@ -47,7 +47,7 @@ std::string describe(const PlanKey& key) {
 void check_cufft(cufftResult result, const char* call, const PlanKey& key) {
   if (result == CUFFT_SUCCESS) return;
   std::ostringstream message;
-  message << "c3a: " << call << " failed for " << describe(key) << ": " << name(result);
+  message << call << " failed for " << describe(key) << ": " << name(result);
   throw std::runtime_error(message.str());
 }
 
@@ -136,7 +136,7 @@ std::shared_ptr<Plan> PlanCache::get(const PlanKey& key, cudaStream_t stream) {
   } else {
     if (captured) {
       throw std::runtime_error(
-          "c3a: a plan for " + describe(key) +
+          "a plan for " + describe(key) +
           " is needed while a CUDA graph is captured, and cuFFT cannot make one then: run the "
           "operator once at this shape before the capture, and have room for all plans "
           "(C3A_CUDA_PLANS, " +

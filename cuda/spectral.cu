@@ -200,6 +200,24 @@ __global__ void __launch_bounds__(kThreads, 1) sum_of_parts(
   }
 }
 
+// Element e is slot e % 2^log of block e / 2^log.
+__global__ void __launch_bounds__(kThreads, 1) slots_to_bins(
+    const float2* __restrict__ in, float2* __restrict__ out, int64_t blocks, int log) {
+#pragma unroll 1
+  for (int64_t e = first_element(); e < blocks << log; e += grid_stride()) {
+    const int64_t block = e >> log;
+    const unsigned slot = static_cast<unsigned>(e) & ((1u << log) - 1);
+    // Twice: the factors are 1 / (4 b), after a transform that multiplies by 2, and 1 / b.
+    const float2 from = in[e], value{2 * from.x, 2 * from.y};
+    if (slot == 0) {
+      out[block] = {value.x, 0};
+      out[(blocks << log) + block] = {value.y, 0};
+    } else {
+      out[(__brev(slot) >> (32 - log)) * blocks + block] = value;
+    }
+  }
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class F>
@@ -269,7 +287,7 @@ void product(
   with_tiling(sizes, [&](auto tiling) {
     using Tiling = decltype(tiling);
     const int64_t across = ceil_div(sizes.columns, Tiling::kColumns), all = sizes.bins * parts;
-    if (across > kMaxGrid) throw std::runtime_error("c3a: too many blocks for a spectral product");
+    if (across > kMaxGrid) throw std::runtime_error("too many blocks for a spectral product");
     const dim3 grid(
         static_cast<unsigned>(ceil_div(sizes.rows, Tiling::kRows)), static_cast<unsigned>(across),
         static_cast<unsigned>(all < kMaxGrid ? all : kMaxGrid));
@@ -287,6 +305,12 @@ void sum_parts(
   C3A_LAUNCH(
       (sum_of_parts<Complex<Real>>), grid_for(size), kThreads, 0, stream, in, out, size, parts,
       accumulate);
+}
+
+void bins_of_slots(int64_t b, int64_t blocks, const float2* in, float2* out, cudaStream_t stream) {
+  int log = 0;
+  while (int64_t{2} << log < b) ++log;
+  C3A_LAUNCH(slots_to_bins, grid_for(blocks << log), kThreads, 0, stream, in, out, blocks, log);
 }
 
 #define C3A_INSTANTIATE(Real)                                                                   \

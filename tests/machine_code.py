@@ -132,7 +132,7 @@ def _plain_names(mangled: list[str]) -> list[str]:
         # void c3a::cuda::(anonymous namespace)::load<float, half>(half const*, ...)
         name = re.sub(r"c3a::cuda::(\(anonymous namespace\)::|_GLOBAL__N\w+::)?", "", line)
         name = name.removeprefix("void ").replace("(int)", "").replace("__nv_", "")
-        names.append(name[: name.rindex(">(") + 1].replace("> >", ">>"))
+        names.append(name.partition("(")[0].replace("> >", ">>"))
     return names
 
 

@@ -88,6 +88,17 @@ def test_what_is_not_finite_stays_in_its_token():
     assert not got[[4, 20]].isfinite().any()
 
 
+@pytest.mark.skipif("C3A_SANITIZED" in os.environ, reason="takes minutes there")
+@pytest.mark.parametrize("shape", [(200_000, 16, 16, 4), (100_000, 4, 4, 16)])
+def test_sums_over_many_tokens_err_no_more_than_a_matrix_product(shape):
+    tokens, m, n, b = shape
+    x, g = torch.full((tokens, n * b), 0.37), torch.full((tokens, m * b), 0.73)
+    exact = tokens * b * x[0, 0].double() * g[0, 0].double()
+    dense = (g.T @ x)[0, 0].double()  # a sum of as many equal terms
+    limit = max(4 * (dense * b - exact).abs(), 1e-5 * exact)
+    assert (OPS.block_circ_conv_kernel_grad(g, x, b).double() - exact).abs().max() < limit
+
+
 @pytest.mark.parametrize(
     "shape", [((2051,), 6, 6, 128), ((700,), 32, 16, 64), ((1500,), 1, 1, 768)]
 )

@@ -303,8 +303,9 @@ def test_the_path_follows_the_rule(device, machine):
     machine.be(shared_kib=64)
     assert path(2, 1, 10, 256) == "fused"
     assert path(2, 1, 20, 256) == "cufft"  # no tile fits
-    # With tiles of 4, kernel spectra that pass through the cache too often: 2 m n > 128 (m + n)
+    # With tiles of 4, kernel spectra that pass through the cache too often: about m n > 32 (m + n)
     assert path(8, 15, 60, 32) == "fused"
+    assert path(64, 80, 80, 32) == "cufft"
 
 
 def test_paths_can_be_forced_and_names_are_checked(device, machine):
@@ -318,6 +319,137 @@ def test_paths_can_be_forced_and_names_are_checked(device, machine):
     ):
         _C.set_cuda_path("fast")
     assert _C.cuda_path() == "auto"
+
+
+# Prepared kernels
+
+
+def every_prepared_product(x, w_hat, g, b):
+    """Y, base + y with g for the base, and the same in place."""
+    in_place = g.clone()
+    OPS.block_circ_conv_prepared_add_(in_place, x, w_hat, b)
+    return [
+        OPS.block_circ_conv_prepared(x, w_hat, b),
+        OPS.block_circ_conv_prepared_add(g, x, w_hat, b),
+        in_place,
+    ]
+
+
+def assert_equal_bits_when_prepared(x, w, g, w_hat, w_hat_transposed, scale):
+    in_place = g.clone()
+    OPS.block_circ_conv_add_(in_place, x, w, scale)
+    expected = [OPS.block_circ_conv(x, w, scale), OPS.block_circ_conv_add(g, x, w, scale), in_place]
+    b = w.shape[-1]
+    for got, exact in zip(every_prepared_product(x, w_hat, g, b), expected, strict=True):
+        assert torch.equal(got, exact)
+    dx = OPS.block_circ_conv_prepared(g, w_hat_transposed, b)
+    assert torch.equal(dx, OPS.block_circ_conv_input_grad(g, w, scale))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "b"),
+    [
+        *[(dtype, b) for dtype in (torch.float32, torch.bfloat16) for b in (6, 7, 32, 128, 2048)],
+        *[(torch.float64, b) for b in (6, 7, 32)],
+    ],
+    ids=str,
+)
+def test_a_prepared_kernel_gives_the_bits_that_the_kernel_gives(dtype, b, device):
+    x, w, g = operands((9,), 2, 3, b, dtype=dtype, device=device)
+    w_hat, w_hat_transposed = (OPS.prepare(w, None, transposed, 1 / 3) for transposed in (0, 1))
+    assert_equal_bits_when_prepared(x, w, g, w_hat, w_hat_transposed, 1 / 3)
+    y, dx, _ = dense_results(x, w, g)
+    for got, exact in (
+        (3 * OPS.block_circ_conv_prepared(x, w_hat, b).double(), y),
+        (3 * OPS.block_circ_conv_prepared(g, w_hat_transposed, b).double(), dx),
+    ):
+        assert relative_error(got.cpu(), exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("b", [6, 32, 256])
+def test_every_kernel_of_a_stack_is_prepared(b, device):
+    stack = torch.randn(2, 3, 3, 2, b, device=device)
+    x, _, g = operands((5,), 3, 2, b, dtype=torch.float32, device=device)
+    w_hats, transposed = OPS.prepare(stack), OPS.prepare(stack, transposed=True)
+    assert w_hats.shape[:4] == (2, 3, 3, 2)
+    assert transposed.shape[:4] == (2, 3, 2, 3)
+    for i in range(2):
+        for j in range(3):
+            where = (x, stack[i, j], g, w_hats[i, j], transposed[i, j], 1.0)
+            assert_equal_bits_when_prepared(*where)
+
+
+@pytest.mark.parametrize("b", [6, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_prepared_kernel_need_not_be_aligned(dtype, b, device):
+    x, w, g = operands((5,), 2, 3, b, dtype=dtype, device=device)
+    w_hat = OPS.prepare(w)
+    memory = torch.empty(w_hat.numel() + 1, dtype=dtype, device=device)
+    shifted = memory[1:].view(w_hat.shape).copy_(w_hat)
+    expected = every_prepared_product(x, w_hat, g, b)
+    for got, exact in zip(every_prepared_product(x, shifted, g, b), expected, strict=True):
+        assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("b", LENGTHS)
+def test_a_prepared_kernel_is_understood_by_the_other_path(b, device):
+    """It is laid out for the fused path, whatever the setting was and is."""
+    x, w, g = operands((5,), 3, 2, b, dtype=torch.float32, device=device)
+    made = {}
+    for path in ("fused", "cufft"):
+        _C.set_cuda_path(path)
+        made[path] = [OPS.prepare(w), OPS.prepare(w, transposed=True)]
+    for one, other in zip(*made.values(), strict=True):
+        assert torch.equal(one, other)
+    y, dx, _ = dense_results(x, w, g)
+    base = g.double().cpu()
+    w_hat, w_hat_transposed = made["cufft"]
+    got = every_prepared_product(x, w_hat, g, b)
+    got.append(OPS.block_circ_conv_prepared(g, w_hat_transposed, b))
+    for result, exact in zip(got, [y, y + base, y + base, dx], strict=True):
+        assert relative_error(result.cpu(), exact) < TOLERANCE[torch.float32]
+
+
+def test_a_prepared_kernel_is_multiplied_by_cublas_where_a_kernel_is(device):
+    for dtype in (torch.float64, torch.float32):
+        x, w, g = operands((33,), 32, 40, 4, dtype=dtype, device=device)
+        got = OPS.block_circ_conv_prepared(x, OPS.prepare(w), 4)
+        transposed = OPS.block_circ_conv_prepared(g, OPS.prepare(w, transposed=True), 4)
+        y, dx, _ = dense_results(x, w, g)
+        assert relative_error(got.cpu(), y) < TOLERANCE[dtype]
+        assert relative_error(transposed.cpu(), dx) < TOLERANCE[dtype]
+
+
+def test_a_prepared_kernel_is_not_transformed_again(device, machine):
+    def steps(tokens, m, n, b, path="auto"):
+        x, w, _ = operands((tokens,), m, n, b, dtype=torch.float32, device=device)
+        w_hat = OPS.prepare(w)
+        _C.set_cuda_path(path)
+        machine.events()
+        OPS.block_circ_conv_prepared(x, w_hat, b)
+        launches = [event for event in machine.events() if "limit" not in event]
+        return [re.search(r"\w+", event)[0] for event in launches]
+
+    assert steps(1, 3, 2, 128) == ["convolve"]
+    by_cufft = ["cufftExecR2C", "product_of_bins", "cufftExecC2R"]
+    assert steps(1, 3, 2, 6) == by_cufft
+    assert steps(1, 3, 2, 128, "cufft") == ["slots_to_bins", *by_cufft]
+    machine.be(shared_kib=64)
+    assert steps(64, 80, 80, 32) == ["convolve"]  # where a kernel would go by cuFFT
+    assert steps(1, 3, 80, 128) == ["slots_to_bins", *by_cufft]  # no tile fits
+
+
+def test_a_graph_captures_a_prepared_kernel_without_a_plan(device, machine):
+    x, w, _ = operands((1,), 3, 2, 64, dtype=torch.float32, device=device)
+    w_hat = OPS.prepare(w)
+    _C.clear_cuda_plan_cache()
+    machine.capture(True)
+    try:
+        got = OPS.block_circ_conv_prepared(x, w_hat, 64)
+    finally:
+        machine.capture(False)
+    assert torch.equal(got, OPS.block_circ_conv(x, w))
+    assert kept() == set()
 
 
 # The plan cache
@@ -507,7 +639,7 @@ def test_an_error_of_cufft_is_named_and_nothing_is_broken_by_it(call, code, name
     shown = "cufftExec" if call.startswith("cufftExec") else call
     with pytest.raises(
         RuntimeError,
-        match=rf"c3a: {shown} failed for \d .* transforms of length 6 "
+        match=rf"c3a.block_circ_conv: {shown} failed for \d .* transforms of length 6 "
         rf"on cuda:0: {name}",
     ):
         run_cufft(2, 6, device)
@@ -527,7 +659,7 @@ def test_an_error_of_cuda_is_named_and_nothing_is_broken_by_it(path, call, devic
     _C.set_cuda_path(path)
     case = operands((2,), 1, 30, 64, dtype=torch.bfloat16, device=device)
     machine.fail(call, 2)
-    with pytest.raises(RuntimeError, match=rf"c3a: {call}.* failed: cudaErrorMemoryAllocation"):
+    with pytest.raises(RuntimeError, match=rf"conv: {call}.* failed: cudaErrorMemoryAllocation"):
         OPS.block_circ_conv(*case[:2])
     assert_right(*case)
 
@@ -583,6 +715,16 @@ def test_a_wrong_setting_is_named_at_first_use_and_not_before(variable, value, s
     for code in (use, "_C.cuda_path()"):
         assert re.search(said, in_another_process(code, **{variable: value}))
     assert in_another_process("print('imported')", **{variable: value}) == "imported"
+
+
+def test_out_of_memory_is_torchs_own_error(device):
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda: torch's allocator for it")
+    w = torch.ones(1 << 20, 1, 2, device=device)
+    x = torch.ones(1, 2, device=device)
+    with pytest.raises(torch.OutOfMemoryError, match=r"c3a\.block_circ_conv: .*out of memory"):
+        c3a.block_circ_conv(x.expand(1 << 27, 2), w)  # 2^50 bytes
+    assert_right(*operands((3,), 2, 1, 6, dtype=torch.float32, device=device))
 
 
 # What only a GPU has

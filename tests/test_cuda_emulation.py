@@ -1,16 +1,18 @@
 """The emulated machine itself: what it lets pass and what it stops (the rest: mutants.py)."""
 
 import ctypes
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from c3a import _library
 
-pytestmark = pytest.mark.skipif(
+needs_machine = pytest.mark.skipif(
     os.environ.get("C3A_EMULATED") is None, reason="needs the emulated machine"
 )
 
@@ -55,6 +57,7 @@ class Plan:
         )
 
 
+@needs_machine
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 16])
 @pytest.mark.parametrize(("forward", "backward", "real"), [(R2C, C2R, "f4"), (D2Z, Z2D, "f8")])
 def test_transforms_are_numpys_with_the_strides_that_were_asked_for(
@@ -77,6 +80,7 @@ def test_transforms_are_numpys_with_the_strides_that_were_asked_for(
     assert np.isnan(spectra).all(), "an inverse transform overwrites its input"
 
 
+@needs_machine
 def test_strides_without_embeddings_are_ignored_as_cufft_ignores_them():
     x = np.random.default_rng(0).normal(size=(2, 6)).astype("f4")
     spectra = np.zeros((2, 4), "c8")
@@ -84,6 +88,7 @@ def test_strides_without_embeddings_are_ignored_as_cufft_ignores_them():
     np.testing.assert_allclose(spectra, np.fft.rfft(x), atol=1e-5)
 
 
+@needs_machine
 def test_what_cufft_refuses_is_refused():
     x, spectra = np.zeros((2, 6), "f4"), np.zeros((4, 2), "c8")
     assert Plan(R2C, 0, 2, (1, 0, 2, 1)).made == INVALID_SIZE
@@ -107,6 +112,7 @@ STOPPED = {
 }
 
 
+@needs_machine
 @pytest.mark.parametrize("said", STOPPED)
 def test_what_cufft_would_not_notice_stops_the_process(said):
     code = f"""
@@ -129,3 +135,11 @@ plan.execute(x, spectra)
     assert run.returncode < 0
     assert "CUDA emulation: cufft" in run.stderr
     assert said in run.stderr
+
+
+def test_every_mutant_finds_the_text_that_it_breaks():
+    program = Path(__file__).parent / "cuda_emulation" / "mutants.py"
+    spec = importlib.util.spec_from_file_location("mutants", program)
+    mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    assert mutants.without_a_place() == []

@@ -266,3 +266,170 @@ def test_a_layer_trains_under_compile_like_without():
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] < (layer.base_layer(x) - target).square().mean().item()
+
+
+def quantised_dynamically(linear):
+    torch.backends.quantized.engine = "fbgemm"
+    return torch.ao.nn.quantized.dynamic.Linear.from_float(with_qconfig(linear))
+
+
+def with_qconfig(linear):
+    linear.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    return linear
+
+
+class IntegerActivations(nn.Module):
+    """Dynamic quantisation as libraries of today do it: integers for weight and activations."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter(
+            (linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
+        )
+
+    def forward(self, x):
+        scale = x.abs().max() / 127
+        integers = (x / scale).round().to(torch.int32)
+        return (integers @ self.weight.to(torch.int32).T).float() * (scale * self.scale).detach()
+
+
+def by_torchao(linear):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(linear)
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    return model[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*(deprecated|reduce_range|TypedStorage)")
+@pytest.mark.parametrize("make", [quantised_dynamically, IntegerActivations, by_torchao])
+def test_a_base_that_cuts_the_graph_is_said_once(make, device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("integer products are the CPU's")
+    monkeypatch.setattr(c3a.linear, "_CUTTING_BASES", set())
+    layers = [c3a.C3ALinear(make(nn.Linear(12, 8)), 4) for _ in range(2)]
+    x = torch.randn(3, 12)
+    layers[0](x)  # no gradient is wanted for the input: nothing is lost
+    x.requires_grad_()
+    with torch.no_grad():
+        layers[0](x)
+    name = type(layers[0].base_layer).__name__
+    with pytest.warns(UserWarning, match=f"gradients do not pass through .* of type {name}"):
+        layers[0](x)
+    layers[0](x)
+    layers[1](x)
+    for base in (nn.Linear(12, 8), nn.Sequential(nn.Linear(12, 8), nn.Tanh())):
+        base.in_features, base.out_features = 12, 8
+        c3a.C3ALinear(base, 4)(x)
+        c3a.C3ALinear(base, 4)(x.tanh())
+
+
+# The base layer's result is written in place where nobody else has it, and only there.
+
+
+def memory_of_base(layer, x, kept) -> bool:
+    """Return whether the layer's result lies where its base layer's did."""
+    place = []
+    handle = layer.base_layer.register_forward_hook(
+        lambda _module, _args, y: place.append(y.data_ptr()) or kept(y)
+    )
+    with torch.no_grad():
+        y = layer(x)
+    handle.remove()
+    return y.data_ptr() == place[0]
+
+
+HOLDERS = {
+    "a list": lambda y, held: held.append(y),
+    "a view": lambda y, held: held.append(y[:, :2]),
+    "a detached tensor": lambda y, held: held.append(y.detach()),
+    "an array": lambda y, held: held.append(y.numpy() if y.is_cpu else y.detach()),
+    "a storage": lambda y, held: held.append(y.untyped_storage()),
+}
+
+
+def test_the_result_of_the_base_is_written_in_place_where_nobody_has_it():
+    for x in (torch.randn(12), torch.randn(3, 12), torch.randn(2, 3, 12)):
+        assert memory_of_base(adapted(), x, lambda y: None)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_result_that_something_holds_is_left_alone(holder):
+    layer, x, held = adapted(), torch.randn(3, 12), []
+    expected = layer.base_layer(x).detach().clone()
+    assert not memory_of_base(layer, x, lambda y: HOLDERS[holder](y, held))
+    if holder == "a storage":
+        return
+    got = torch.tensor(held[0].tolist())
+    width = got.shape[-1] if got.dim() > 1 else got.numel()
+    torch.testing.assert_close(got.view(-1), expected[:, :width].reshape(-1)[: got.numel()])
+
+
+class Recorder(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is nn.functional.linear:
+            self.results.append(result)
+        return result
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_modes_and_patched_classes_that_keep_the_result_keep_it_as_it_was(grad, monkeypatch):
+    layer, x = adapted(), torch.randn(3, 12, requires_grad=grad)
+    expected = layer.base_layer(x).detach().clone()
+    with torch.set_grad_enabled(grad), Recorder() as mode:
+        layer(x)
+    assert torch.equal(mode.results[0], expected)
+
+    seen = []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda self, x: seen.append(forward(self, x)) or seen[-1]
+    )
+    with torch.set_grad_enabled(grad):
+        layer(x)
+    assert torch.equal(seen[0], expected)
+
+
+class SavesItsResult(nn.Module):
+    in_features, out_features = 12, 8
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.linear(x).tanh()  # whose derivative needs the result
+
+
+class ReturnsItsBuffer(nn.Module):
+    in_features = out_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("result", torch.randn(3, 8))
+
+    def forward(self, x):
+        return self.result
+
+
+def test_a_base_that_needs_its_result_has_it(device):
+    layer = c3a.C3ALinear(SavesItsResult().double(), 4, init="gaussian", dtype=torch.float64)
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+    layer = c3a.C3ALinear(ReturnsItsBuffer(), 4, init="gaussian")
+    before = layer.base_layer.result.clone()
+    layer(torch.randn(3, 8))
+    assert torch.equal(layer.base_layer.result, before)
+    identity = nn.Identity()
+    identity.in_features = identity.out_features = 8
+    layer = c3a.C3ALinear(identity, 4, init="gaussian")
+    x = torch.randn(3, 8)
+    before = x.clone()
+    layer(x)
+    assert torch.equal(x, before)

@@ -137,6 +137,20 @@ def test_a_gradient_in_float64_is_not_computed_in_float32(device):
         assert relative_error(result.cpu(), exact.cpu()) < 1e-7
 
 
+def test_a_gradient_is_not_rounded_to_the_other_operands_dtype_on_the_way(device):
+    x, w, g = operands((9,), 2, 3, 16, device=device)
+    v = w.flip(0)
+    x, w, half = x.float(), w.float().requires_grad_(), g.half()
+    dx, _ = OPS.block_circ_conv_backward(half, x, w)  # differentiable: by its two halves
+    expected = half.double().cpu() @ c3a.circulant(w.detach().double()).cpu()
+    assert relative_error(dx.detach().cpu(), expected) < TOLERANCE[torch.float32]
+    wide, narrow = g.float().requires_grad_(), x.half()
+    dw = OPS.block_circ_conv_kernel_grad(wide, narrow, 16)
+    (dg,) = torch.autograd.grad(dw, wide, v.to(dw.dtype))
+    expected = narrow.double().cpu() @ c3a.circulant(v.to(dw.dtype).double()).T.cpu()
+    assert relative_error(dg.cpu(), expected) < TOLERANCE[torch.float32]
+
+
 def test_a_kernel_gradient_is_not_rounded_to_the_dtype_of_the_activations(device):
     x, _, g = operands((64,), 1, 2, 32, dtype=torch.bfloat16, device=device)
     expected = dense_results(x, torch.zeros(1, 2, 32), g)[2]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import c3a
-from c3a.patch import auto_block_size
+from c3a.sizes import auto_block_size
 
 pytestmark = pytest.mark.usefixtures("default_device")
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import c3a
+from c3a import operators
 from c3a.memory import saved_for_backward
 from cases import operands, relative_error
 
@@ -265,3 +267,151 @@ def test_exports_with_a_dynamic_batch(device):
     program = torch.export.export(Module(), (x, w), dynamic_shapes=({0: batch}, None))
     x, w, _ = operands((9,), 2, 3, 8, device=device)
     torch.testing.assert_close(program.module()(x, w), c3a.block_circ_conv(x, w))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_writing_in_place_is_counted(mode, contiguous, device):
+    x, w, base = operands((4,), 2, 3, 4, device=device)
+    w_hat = c3a.prepare(w)
+    base = base if contiguous else base.t().contiguous().t()
+    before = base._version
+    with mode():
+        OPS.block_circ_conv_add_(base, x, w)
+        OPS.block_circ_conv_prepared_add_(base, x, w_hat, 4)
+    assert base._version == before + 2
+
+
+def test_a_saved_tensor_that_was_written_in_place_is_an_error_not_a_wrong_gradient(device):
+    p = torch.ones(2, 4, requires_grad=True, device=device)
+    base = torch.ones(2, 4, device=device)
+    z = (p * base).sum()
+    OPS.block_circ_conv_add_(
+        base, torch.randn(2, 4, device=device), torch.randn(1, 1, 4, device=device)
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()
+
+
+def by_dual_numbers(function, x):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        return forward_ad.unpack_dual(function(dual)).tangent
+
+
+def by_jvp(function, x):
+    return jvp(function, (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("tangent", [by_jvp, by_dual_numbers])
+def test_forward_mode_within_a_compiled_function_keeps_the_tangent(tangent, backend, device):
+    x, w, _ = operands((3,), 2, 2, 4, device=device)
+    w_hat = c3a.prepare(w)
+    layer = c3a.C3ALinear(torch.nn.Linear(8, 8, device=device).double(), 4, init="gaussian")
+    functions = {
+        "operator": lambda x: x + c3a.block_circ_conv(x, w),
+        "prepared": lambda x: x + c3a.block_circ_conv_prepared(x, w_hat, 4),
+        "layer": layer,
+    }
+    for function in functions.values():
+        torch.compiler.reset()
+        run = lambda x, f=function: tangent(f, x)  # noqa: E731
+        got = torch.compile(run, backend=backend)(x)
+        torch.testing.assert_close(got, run(x))
+        assert not torch.equal(got, torch.ones_like(got))
+
+
+def test_compiled_autograd_takes_graphs_recorded_without_it(device):
+    x, w, base = operands((3,), 2, 3, 4, device=device)
+    w_hat, w_hat_t = c3a.prepare(w), c3a.prepare(w, transposed=True)
+    tensors = [t.requires_grad_() for t in (base, x, w)]
+
+    def function():
+        y = OPS.block_circ_conv_add(base, x, w, 0.5) + c3a.block_circ_conv(x, w)
+        return y + c3a.block_circ_conv_prepared(x, w_hat, 4, w_hat_t)
+
+    expected = torch.autograd.grad(function().sin().sum(), tensors)
+    loss = function().sin().sum()
+    torch.compiler.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss.backward()
+    torch.testing.assert_close([t.grad for t in tensors], list(expected))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_backward_on_meta_tensors(autocast):
+    layer = c3a.C3ALinear(torch.nn.Linear(12, 8, device="meta"), 4)
+    x = torch.empty(5, 12, device="meta", requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer(x).sum().backward()
+        c3a.block_circ_conv(x, layer.c3a_kernel).sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.c3a_kernel.grad.device.type == "meta"
+
+
+def test_autocast_is_known_on_every_device_that_torch_has_it_for():
+    types = [name for name in dir(torch._C.DispatchKey) if name.startswith("Autocast")]
+    assert set(types) <= set(operators.AUTOCAST_KEYS.values())
+    for op in ("c3a::block_circ_conv", "c3a::block_circ_conv_prepared"):
+        for key in operators.AUTOCAST_KEYS.values():
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
+def test_nodes_of_the_graph_are_called_after_their_operator(device):
+    x, w, base = (t.requires_grad_() for t in operands((3,), 2, 3, 4, device=device))
+    w_hat, w_hat_t = (c3a.prepare(w.detach(), transposed=t) for t in (False, True))
+    results = {
+        "BlockCircConvBackward": OPS.block_circ_conv(x, w),
+        "BlockCircConvAddBackward": OPS.block_circ_conv_add(base, x, w),
+        "BlockCircConvInputGradBackward": OPS.block_circ_conv_input_grad(base, w),
+        "BlockCircConvKernelGradBackward": OPS.block_circ_conv_kernel_grad(base, x, 4),
+        "BlockCircConvPreparedBackward": OPS.block_circ_conv_prepared(x, w_hat, 4, w_hat_t),
+        "BlockCircConvPreparedAddBackward": OPS.block_circ_conv_prepared_add(
+            base, x, w_hat, 4, w_hat_t
+        ),
+    }
+    for name, result in results.items():
+        assert result.grad_fn.name() == name
+    layer = c3a.C3ALinear(torch.nn.Linear(12, 8, device=device), 4)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        layer(x.float()).sum().backward()
+    assert "BlockCircConvAddBackward" in {event.name for event in record.events()}
+
+
+def counted(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_flops_are_counted_for_every_operator(device):
+    tokens, m, n, b = 5, 2, 3, 8
+    x, w, g = operands((tokens,), m, n, b, device=device)
+    w_hat = c3a.prepare(w)
+    product = tokens * m * n * (3 * 8 + 2 * 2)  # three complex bins and two real ones
+
+    def transforms(*tensors):
+        return sum(2.5 * t.numel() * 3 for t in tensors)
+
+    expected = {
+        lambda: OPS.block_circ_conv(x, w): product + transforms(x, w, g),
+        lambda: OPS.block_circ_conv_add(g, x, w): product + transforms(x, w, g) + g.numel(),
+        lambda: OPS.block_circ_conv_add_(g, x, w): product + transforms(x, w, g) + g.numel(),
+        lambda: OPS.block_circ_conv_input_grad(g, w): product + transforms(x, w, g),
+        lambda: OPS.block_circ_conv_kernel_grad(g, x, b): product + transforms(x, w, g),
+        lambda: OPS.block_circ_conv_backward(g, x, w): (
+            2 * product + transforms(x, w, g) + transforms(x, w)
+        ),
+        lambda: OPS.prepare(w): transforms(w),
+        lambda: OPS.block_circ_conv_prepared(x, w_hat, b): product + transforms(x, g),
+        lambda: OPS.block_circ_conv_prepared_add(g, x, w_hat, b): (
+            product + transforms(x, g) + g.numel()
+        ),
+        lambda: OPS.block_circ_conv_prepared_add_(g, x, w_hat, b): (
+            product + transforms(x, g) + g.numel()
+        ),
+    }
+    assert len(expected) == len(operators.OPERATORS)
+    for function, flops in expected.items():
+        assert counted(function) == flops

@@ -9,10 +9,15 @@ from importlib.metadata import version as _version
 from . import _library  # noqa: F401  (loads the operators that the modules below give rules for)
 from .adapter import load_adapter, save_adapter
 from .linear import C3ALinear
-from .ops import block_circ_conv, block_circ_conv_add
+from .ops import (
+    block_circ_conv,
+    block_circ_conv_add,
+    block_circ_conv_prepared,
+    block_circ_conv_prepared_add,
+    prepare,
+)
 from .patch import disabled, merge, patch_model, unmerge, unpatch_model
 from .reference import circulant
-from .spectra import forget_spectra
 from .summary import summary
 
 __version__ = _version("c3a")
@@ -21,12 +26,14 @@ __all__ = [
     "C3ALinear",
     "block_circ_conv",
     "block_circ_conv_add",
+    "block_circ_conv_prepared",
+    "block_circ_conv_prepared_add",
     "circulant",
     "disabled",
-    "forget_spectra",
     "load_adapter",
     "merge",
     "patch_model",
+    "prepare",
     "save_adapter",
     "summary",
     "unmerge",

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .files import replacing
-from .linear import C3ALinear, features
+from .linear import C3ALinear
 from .patch import (
     PatchPlan,
     adapted_layers,
@@ -29,6 +29,7 @@ from .patch import (
     plan_patch,
     unwrapped,
 )
+from .sizes import features, kernel_shape
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -314,8 +315,7 @@ def _expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     shapes = {f"{n}.c3a_kernel": tuple(layer.c3a_kernel.shape) for n, layer in layers.items()}
     for name, b in plan.block_sizes.items() if plan else ():
-        in_features, out_features = features(model.get_submodule(name))
-        shapes[f"{name}.c3a_kernel"] = (-(-out_features // b), -(-in_features // b), b)
+        shapes[f"{name}.c3a_kernel"] = kernel_shape(*features(model.get_submodule(name)), b)
     for name in plan.modules_to_save if plan else modules_to_save(model):
         for key, tensor in model.get_submodule(name).state_dict().items():
             shapes[f"{name}.{key}"] = tuple(tensor.shape)

@@ -1,47 +1,25 @@
 """C3ALinear: a frozen layer plus a block-circulant adapter."""
 
 import math
-from numbers import Integral
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import SUPPORTED_DTYPES, add_to_fresh, block_circ_conv, block_circ_conv_add
+from . import _private, autograd
+from .ops import (
+    block_circ_conv,
+    block_circ_conv_add,
+    block_circ_conv_prepared,
+    block_circ_conv_prepared_add,
+)
+from .prepared import PreparedKernel
 from .reference import circulant
+from .shapes import SUPPORTED_DTYPES, sums_dtype
+from .sizes import check_block_size, features, kernel_shape
 
 INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "gaussian")
-
-
-def features(layer: nn.Module) -> tuple[int, int] | None:
-    """Return ``(in_features, out_features)`` of a linear layer, or None for any other module.
-
-    ``nn.Linear`` and everything that copies its two attributes (quantised layers, ``C3ALinear``),
-    and ``transformers.pytorch_utils.Conv1D`` with its ``nx`` and ``nf``.
-    """
-    for names in (("in_features", "out_features"), ("nx", "nf")):
-        sizes = tuple(getattr(layer, name, None) for name in names)
-        if all(isinstance(size, int) and size > 0 for size in sizes):
-            return sizes
-    return None
-
-
-def common_divisors(in_features: int, out_features: int) -> list[int]:
-    """Return the block sizes that fit without padding, ascending."""
-    gcd = math.gcd(in_features, out_features)
-    return [b for b in range(1, gcd + 1) if gcd % b == 0]
-
-
-def check_block_size(block_size: int, in_features: int, out_features: int, pad: bool) -> None:
-    """Raise ValueError, with the sizes that would do, unless ``block_size`` fits the layer."""
-    if not isinstance(block_size, Integral) or isinstance(block_size, bool) or block_size < 1:
-        raise ValueError(f"expected block_size to be an integer >= 1, got {block_size!r}")
-    if not pad and (in_features % block_size or out_features % block_size):
-        fits = ", ".join(str(b) for b in common_divisors(in_features, out_features))
-        raise ValueError(
-            f"block_size {block_size} does not divide in_features = {in_features} and out_features "
-            f"= {out_features}; these do: {fits} (or pass pad=True)"
-        )
 
 
 class C3ALinear(nn.Module):
@@ -113,14 +91,17 @@ class C3ALinear(nn.Module):
         self.block_size = block_size = int(block_size)
         self.scale = scale
         self.init = init
-        shape = (-(-self.out_features // block_size), -(-self.in_features // block_size))
+        shape = kernel_shape(*sizes, block_size)
         device = next((t.device for t in [*base_layer.parameters(), *base_layer.buffers()]), None)
-        self.c3a_kernel = nn.Parameter(torch.empty(*shape, block_size, dtype=dtype, device=device))
+        self.c3a_kernel = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self._pad = (
             shape[1] * block_size - self.in_features,
             shape[0] * block_size - self.out_features,
         )
         self._enabled = True
+        self._prepared = PreparedKernel()
+        # Whether it was looked at if the base layer passes gradients on, which is done once.
+        self._gradient_was_seen = False
         # While merged, the one weight that the base layer does not use now: the original if
         # enabled, else the merged one. In a list, lest nn.Module registers it.
         self._set_aside: list[nn.Parameter] = []
@@ -150,25 +131,54 @@ class C3ALinear(nn.Module):
         y = self.base_layer(x)
         if self.merged or not self.enabled:
             return y
+        kernel, scale = self.c3a_kernel, self.scale
+        is_plain = _private.is_plain(y, x, kernel)
+        if not self._gradient_was_seen and is_plain and x.requires_grad and torch.is_grad_enabled():
+            self._gradient_was_seen = True
+            _warn_of_a_cut_graph(self.base_layer, x, y)
         more_in, more_out = self._pad
         x = F.pad(x, (0, more_in)) if more_in else x
+        prepared = self._prepared_for(kernel, x, y) if is_plain else None
         if more_out:
-            delta = block_circ_conv(x, self.c3a_kernel, self.scale)[..., : self.out_features]
-            return y + delta.to(y.dtype)
-        if self._base_result_is_ours():
-            return add_to_fresh(y, x, self.c3a_kernel, self.scale)
-        return block_circ_conv_add(y, x, self.c3a_kernel, self.scale)
+            if prepared:
+                delta = block_circ_conv_prepared(x, *prepared)
+            else:
+                delta = block_circ_conv(x, kernel, scale)
+            return y + delta[..., : self.out_features].to(y.dtype)
+        # The base layer's result is written in place where nobody else has it.
+        if is_plain and _private.is_sole_owner(y):
+            if prepared:
+                return autograd.add_into(autograd.PREPARED, y, x, *prepared)
+            return autograd.add_into(autograd.FORWARD, y, x, kernel, scale)
+        if prepared:
+            return block_circ_conv_prepared_add(y, x, *prepared)
+        return block_circ_conv_add(y, x, kernel, scale)
 
-    def _base_result_is_ours(self) -> bool:
-        """Return whether the base layer's result is a new tensor that nobody else has seen."""
-        base = self.base_layer
-        return (
-            type(base) is nn.Linear
-            and type(base.weight) is nn.Parameter
-            and "forward" not in vars(base)
-            and not base._forward_hooks
-            and not nn.modules.module._has_any_global_hook()
-        )
+    def prepare(self) -> None:
+        """Transform the kernel once for the calls to come that want no gradient for it.
+
+        On the CPU the first such call does so by itself, and the kernel is compared at every call.
+        On other devices this call is needed, before decoding token by token for instance. The
+        prepared kernel is dropped by ``train()``, ``load_state_dict``, moving or converting the
+        layer, and by writes to the kernel that autograd counts; writes around the count (``.data``,
+        FSDP's, another process's) are not seen there: call this again after them.
+        """
+        self._prepared.make(self.c3a_kernel, self.scale, sums_dtype(self.c3a_kernel.dtype))
+
+    def _prepared_for(self, kernel: Tensor, x: Tensor, y: Tensor) -> tuple | None:
+        """Return ``(w_hat, block_size, w_hat_transposed)`` for a plain call, or None."""
+        grad = torch.is_grad_enabled()
+        if grad and kernel.requires_grad:
+            return None
+        dtype = sums_dtype(kernel.dtype, x.dtype, y.dtype)
+        found = self._prepared.get(kernel, self.scale, dtype, transposed=grad and x.requires_grad)
+        return found and (found[0], self.block_size, found[1])
+
+    def train(self, mode: bool = True):
+        """Set the layer's mode; training drops what was prepared."""
+        if mode:
+            self._prepared.drop()
+        return super().train(mode)
 
     # Code outside that reads a layer's weight for its dtype or device finds the base layer's.
     @property
@@ -258,6 +268,7 @@ class C3ALinear(nn.Module):
         self.base_layer.weight, self._set_aside[0] = self._set_aside[0], self.base_layer.weight
 
     def _apply(self, fn, recurse: bool = True):
+        self._prepared.drop()
         super()._apply(fn, recurse)
         with torch.no_grad():
             for weight in self._set_aside:
@@ -283,6 +294,7 @@ def _state_dict_unmerged(layer: C3ALinear, state_dict: dict, prefix: str, _metad
 
 
 def _unmerge_to_load(layer: C3ALinear, *_) -> None:
+    layer._prepared.drop()
     layer._merge_after_load = layer.merged
     layer.unmerge()
 
@@ -290,3 +302,37 @@ def _unmerge_to_load(layer: C3ALinear, *_) -> None:
 def _merge_after_load(layer: C3ALinear, _incompatible_keys) -> None:
     if layer.__dict__.pop("_merge_after_load", False):
         layer.merge()
+
+
+_CUTTING_BASES: set[type] = set()
+
+
+def _warn_of_a_cut_graph(base: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Say once for each kind of base layer that gradients do not pass through it."""
+    if type(base) in _CUTTING_BASES or _passes_gradients(x, y):
+        return
+    _CUTTING_BASES.add(type(base))
+    warnings.warn(
+        f"c3a: gradients do not pass through a base layer of type {type(base).__name__}, as with "
+        "dynamically quantised layers: no path of the graph leads from its result to its input. "
+        "What lies below gets the adapter's share of the gradient only, which is wrong by the base "
+        "layer's. Train with a base layer that differentiates (weight-only quantisation does), or "
+        "adapt no layer below this one.",
+        stacklevel=3,
+    )
+
+
+def _passes_gradients(x: Tensor, y: Tensor) -> bool:
+    """Return whether the graph leads from ``y`` to ``x`` by nodes that have a derivative."""
+    if not y.requires_grad:
+        return False
+    goal = torch.autograd.graph.get_gradient_edge(x).node
+    nodes, seen = [torch.autograd.graph.get_gradient_edge(y).node], set()
+    while nodes:
+        node = nodes.pop()
+        if node is goal:
+            return True
+        if node is not None and node not in seen and not node.name().endswith("NotImplemented"):
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return False

@@ -1,6 +1,5 @@
 """Patching a whole model in place: choosing layers and block sizes, wrapping, and undoing it."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .linear import C3ALinear, check_block_size, common_divisors, features
+from .linear import C3ALinear
+from .sizes import auto_block_size, check_block_size, features
 
 Targets = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
 BlockSize = int | str | Mapping[str, int]
@@ -80,17 +80,6 @@ def _compiled(pattern: str) -> re.Pattern:
         raise ValueError(
             f"c3a.patch_model: {pattern!r} is not a regular expression: {error}"
         ) from None
-
-
-def auto_block_size(in_features: int, out_features: int, rank: int) -> int:
-    """Return the common divisor nearest to ``sqrt(in * out) / rank``, by ratio; ties go up.
-
-    The rule of the PEFT library's page on C3A, ``rank`` being the LoRA rank one would use.
-    """
-    goal = math.sqrt(in_features * out_features) / rank
-    return min(
-        common_divisors(in_features, out_features), key=lambda b: (abs(math.log(b / goal)), -b)
-    )
 
 
 def patch_model(

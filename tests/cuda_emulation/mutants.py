@@ -191,17 +191,98 @@ MUTANTS = [
     # Mathematics
     Mutant(
         "the kernel is not conjugated",
-        "cuda/cuda.cpp",
-        ".conjugate = forward};",
-        ".conjugate = false};",
+        "cuda/fused.cu",
+        "sums[o][t].x += cross * x.y;\n          sums[o][t].y += other * x.y;\n"
+        "          sums[o][t].y -= cross * x.x;",
+        "sums[o][t].x -= cross * x.y;\n          sums[o][t].y += other * x.y;\n"
+        "          sums[o][t].y += cross * x.x;",
         TINY,
+    ),
+    Mutant(
+        "the kernel is not conjugated on cuFFT's path",
+        "cuda/cuda.cpp",
+        "Factor{1, in, per_bin, true}",
+        "Factor{1, in, per_bin, false}",
+        "similar_sizes",
     ),
     Mutant(
         "slot 0's two bins are multiplied with each other",
         "cuda/fused.cu",
-        "slot == 0 ? 0.0f : f.conjugate",
-        "f.conjugate",
+        "cross = slot == 0 ? 0 : v.y;",
+        "cross = v.y;",
         TINY,
+    ),
+    # Prepared kernels, and the input gradient's, which is the transposed one
+    Mutant(
+        "slot 0's two bins are conjugated",
+        "cuda/fused.cu",
+        "k.transposed && slot > 0 ? -1.0f",
+        "k.transposed ? -1.0f",
+        TINY,
+    ),
+    Mutant(
+        "blocks stay where they are when a kernel is transposed",
+        "cuda/fused.cu",
+        "k.transposed ? block % k.n * k.m + block / k.n : block;",
+        "block;",
+        "number_of_blocks",
+    ),
+    Mutant(
+        "a stack's kernels are laid out without room between them",
+        "cuda/fused.cu",
+        "kernel * k.stride",
+        "kernel * blocks * h",
+        "of_a_stack",
+    ),
+    Mutant(
+        "every kernel of a stack is its first",
+        "cuda/cuda.cpp",
+        "operand(c.w, kernel * p_.m * p_.n * p_.b)",
+        "operand(c.w, 0)",
+        "of_a_stack",
+    ),
+    Mutant(
+        "a transposed kernel is prepared as it is",
+        "cuda/cuda.cpp",
+        "c.transposed ? adjoint(w_hat) : w_hat",
+        "c.transposed ? torch::stable::transpose(w_hat, 1, 2) : w_hat",
+        "of_a_stack",
+    ),
+    Mutant(
+        "blocks beyond the last are written",
+        "cuda/fused.cu",
+        "if (row >= rows) return;",
+        "",
+        "of_a_stack",
+        "address",
+    ),
+    Mutant(
+        "slots are taken for bins",
+        "cuda/spectral.cu",
+        "(__brev(slot) >> (32 - log))",
+        "slot",
+        "the_other_path",
+    ),
+    Mutant(
+        "bin b / 2 is lost between the paths",
+        "cuda/spectral.cu",
+        "out[(blocks << log) + block] = {value.y, 0};",
+        "out[(blocks << log) + block] = {0, 0};",
+        "the_other_path",
+    ),
+    Mutant(
+        "a prepared kernel is taken as aligned whatever it is",
+        "cpp/dispatch.h",
+        "return aligned ? w_hat : torch::stable::clone(w_hat)",
+        "return aligned ? w_hat : w_hat",
+        "prepared_kernel_need_not_be_aligned",
+    ),
+    Mutant(
+        "a prepared kernel's layout follows the setting",
+        "cuda/cuda.cpp",
+        "if (has_fused_layout(c.p.b, type)) return steps",
+        'if (has_fused_layout(c.p.b, type) && controls.path() != "cufft") return steps',
+        "the_other_path",
     ),
     Mutant(
         "chunks of the kernel gradient are not added up",
@@ -287,10 +368,8 @@ MUTANTS = [
     Mutant(
         "real numbers that are not aligned to complex ones",
         "cuda/cuda.cpp",
-        "a.type == type && factor == 1 && given == rows &&\n"
-        "                          reinterpret_cast<uintptr_t>(a.data) % "
-        "sizeof(Complex<Real>) == 0;",
-        "a.type == type && factor == 1 && given == rows;",
+        "given == rows && is_aligned_to_complex<Real>(a.data);",
+        "given == rows;",
         "need_not_be_aligned",
     ),
     Mutant(
@@ -425,6 +504,16 @@ class Workshop:
                 path.write_text(original)
 
 
+def without_a_place() -> list[str]:
+    """Return what is said of mutants whose text is not in the sources exactly once."""
+    said = []
+    for mutant in MUTANTS:
+        times = (ROOT / mutant.file).read_text().count(mutant.text)
+        if times != 1:
+            said.append(f"{mutant.what}: its text is {times} times in {mutant.file}")
+    return said
+
+
 def reason(run: subprocess.CompletedProcess) -> str:
     """Return the line that tells best how the mutant was caught."""
     output = run.stdout + run.stderr
@@ -448,11 +537,9 @@ def main() -> int:
     options = parser.parse_args()
     # cmake and ninja of the environment that this Python is of
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if lost := without_a_place():
+        parser.error("\n".join(lost))
     mutants = [mutant for mutant in MUTANTS if options.only in mutant.what]
-    for mutant in mutants:
-        times = (ROOT / mutant.file).read_text().count(mutant.text)
-        if times != 1:
-            parser.error(f"{mutant.what}: its text is {times} times in {mutant.file}")
     workshops: Queue[Workshop] = Queue()
     for job in range(options.jobs):
         workshops.put(Workshop(options.folder / str(job)))

@@ -6,17 +6,6 @@
 #include "../../cuda/cuda.h"
 #include "device.h"
 
-namespace {
-
-using torch::stable::Tensor;
-
-// The CPU's kept spectra: none, so that callers take the operators.
-Tensor kernel_spectra(Tensor w, torch::headeronly::ScalarType dtype, bool, double) {
-  return torch::stable::new_empty(w, {0}, dtype);
-}
-
-}  // namespace
-
 // torch's, here the emulated machine's: the library finds these before torch's own.
 extern "C" {
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
@@ -32,7 +21,4 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_T
 C3A_EMULATION_EXPORT const char* c3a_cpu_capability() { return "cuda-emulated"; }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(c3a, CPU, m) {
-  c3a::Operators<c3a::cuda::Cuda>::register_all(m);
-  m.impl("_kernel_spectra", TORCH_BOX(&kernel_spectra));
-}
+STABLE_TORCH_LIBRARY_IMPL(c3a, CPU, m) { c3a::Operators<c3a::cuda::Cuda>::register_all(m); }

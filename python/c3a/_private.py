@@ -1,0 +1,148 @@
+"""Every private name of torch that this package uses, and why there is no public one.
+
+A torch that drops or renames one breaks tests/test_private.py by that name, and nothing silently.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch._C import (
+    DispatchKeySet,
+    _after_ADInplaceOrView_keyset,
+    _after_autograd_keyset,
+    _any_requires_grad,
+    _AutoDispatchBelowADInplaceOrView,
+    _AutoDispatchBelowAutograd,
+    _DisableAutocast,
+    _functorch,
+    _get_privateuse1_backend_name,
+    _get_tracing_state,
+    _is_fwd_grad_enabled,
+    _len_torch_dispatch_stack,
+    _storage_Use_Count,
+    _VariableFunctions,
+)
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import FunctionMeta, _SingleLevelFunction
+from torch.nested._internal.nested_tensor import NestedTensor
+
+__all__ = [
+    "DispatchKeySet",
+    "FunctionMeta",
+    "NestedTensor",
+    "Node",
+    "any_requires_grad",
+    "autocast_disabled",
+    "below_autograd",
+    "below_version_counting",
+    "forward_mode_enabled",
+    "has_tangent",
+    "in_transform",
+    "is_plain",
+    "is_sole_owner",
+    "kernels_only",
+    "privateuse1_device_type",
+    "recorded_at_one_level",
+]
+
+# An Autograd kernel of one's own: the public way (register_autograd) has no forward mode and
+# refuses torch.func's transforms. The dispatcher calls such a kernel at one level of the transforms
+# at a time, which is what a single-level function records.
+recorded_at_one_level = enable_single_level_autograd_function
+any_requires_grad = _any_requires_grad
+autocast_disabled = _DisableAutocast
+# Within it, calls go to a device's kernels at once; for writes to tensors that autograd never saw.
+kernels_only = _AutoDispatchBelowADInplaceOrView
+forward_mode_enabled = _set_fwd_grad_enabled
+privateuse1_device_type = _get_privateuse1_backend_name
+
+
+_unpack_dual = _VariableFunctions._unpack_dual  # found once: looking it up takes longer than it
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+class Node(_SingleLevelFunction):
+    """The base of this package's autograd functions."""
+
+    # Compiled autograd asks for it; only the public Function has it.
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def below_autograd(op, keyset: DispatchKeySet, *args):
+    """Call what the dispatcher has below the Autograd kernel that was called with ``keyset``."""
+    with _AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & _after_autograd_keyset, *args)
+
+
+def below_version_counting(op, keyset: DispatchKeySet, *args):
+    """Call what the dispatcher has below the ADInplaceOrView kernel."""
+    with _AutoDispatchBelowADInplaceOrView():
+        return op.redispatch(keyset & _after_ADInplaceOrView_keyset, *args)
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Return whether forward mode has a tangent for one of them.
+
+    The tensors themselves are asked: Python does not know of a level that C++ entered.
+    """
+    if not _is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    return any([_unpack_dual(t, 0)[1] is not None for t in tensors])
+
+
+def in_transform() -> bool:
+    """Return whether one of torch.func's transforms is at work."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Return whether a call on these is an ordinary one: nothing traces, wraps or transforms it."""
+    return (
+        not torch.compiler.is_compiling()
+        and _PLAIN_TYPES.issuperset(map(type, tensors))
+        and not in_transform()
+        and _len_torch_dispatch_stack() == 0
+        and _get_tracing_state() is None
+        and not has_tangent(*tensors)
+    )
+
+
+def _owners(t: Tensor) -> tuple[int, ...]:
+    """Count who refers to a tensor, the one it is a view of, and their memory."""
+    memory, of_base = t.untyped_storage(), ()
+    if t._is_view():
+        base = t._base
+        of_base = sys.getrefcount(base), base._use_count()
+    return (
+        sys.getrefcount(t),
+        t._use_count(),
+        sys.getrefcount(memory),
+        _storage_Use_Count(memory._cdata),
+        *of_base,
+    )
+
+
+def _owners_within(t: Tensor) -> tuple[int, ...]:
+    return _owners(t)
+
+
+def _owners_of_new_tensors() -> Iterator[tuple[int, ...]]:
+    t = torch.empty(1)
+    yield _owners_within(t)  # from as deep as is_sole_owner
+    t = torch.empty(1).view(1, 1)  # of a tensor that nothing else has, as nn.Linear returns it
+    yield _owners_within(t)
+
+
+_ALONE = frozenset(_owners_of_new_tensors())
+
+
+def is_sole_owner(t: Tensor) -> bool:
+    """Return whether nothing but one variable of the caller's refers to a tensor or its memory.
+
+    No hook, mode, module, view, saved tensor or array has it then, so writing into it is seen by
+    nobody.
+    """
+    return _owners(t) in _ALONE

@@ -1,0 +1,64 @@
+"""FLOPs of the operators for ``torch.utils.flop_counter``, in the terms of DESIGN.md, "Cost".
+
+A real transform of length b counts ``2.5 b log2(b)``, a complex multiplication and addition 8, a
+real one 2.
+"""
+
+import math
+
+from torch.utils.flop_counter import register_flop_formula
+
+
+def _transforms(numbers: int, b: int) -> float:
+    return 2.5 * numbers * math.log2(b)
+
+
+def _product(tokens: int, m: int, n: int, b: int) -> int:
+    """Count one product of all bins, of which one or, for an even b, two are real."""
+    real = 2 - b % 2
+    return tokens * m * n * (8 * ((b - real) // 2) + 2 * real)
+
+
+def _convolution(x_shape, m: int, n: int, b: int, kernel: bool) -> int:
+    tokens = math.prod(x_shape[:-1])
+    numbers = tokens * (m + n) * b + (m * n * b if kernel else 0)
+    return round(_transforms(numbers, b)) + _product(tokens, m, n, b)
+
+
+def forward(x_shape, w_shape, *_, out_shape=None, **__) -> int:
+    return _convolution(x_shape, *w_shape, kernel=True)
+
+
+def add(base_shape, x_shape, w_shape, *_, out_shape=None, **__) -> int:
+    return forward(x_shape, w_shape) + math.prod(base_shape)
+
+
+def input_grad(g_shape, w_shape, *_, out_shape=None, **__) -> int:
+    return _convolution(g_shape, *w_shape, kernel=True)
+
+
+def kernel_grad(g_shape, x_shape, b, *_, out_shape=None, **__) -> int:
+    tokens, m, n = math.prod(x_shape[:-1]), g_shape[-1] // b, x_shape[-1] // b
+    return round(_transforms((tokens * (m + n) + m * n) * b, b)) + _product(tokens, m, n, b)
+
+
+def backward(g_shape, x_shape, w_shape, *_, out_shape=None, **__) -> int:
+    b = w_shape[-1]
+    shared = round(_transforms(math.prod(g_shape), b))
+    return input_grad(g_shape, w_shape) + kernel_grad(g_shape, x_shape, b) - shared
+
+
+def prepare(w_shape, *_, out_shape=None, **__) -> int:
+    return round(_transforms(math.prod(w_shape), w_shape[-1]))
+
+
+def prepared(x_shape, w_hat_shape, b, *_, out_shape=None, **__) -> int:
+    return _convolution(x_shape, *w_hat_shape[:2], b, kernel=False)
+
+
+def prepared_add(base_shape, x_shape, w_hat_shape, b, *_, out_shape=None, **__) -> int:
+    return prepared(x_shape, w_hat_shape, b) + math.prod(base_shape)
+
+
+def register(op, formula) -> None:
+    register_flop_formula(op.overloadpacket)(formula)

@@ -1,0 +1,211 @@
+"""The operators' Python rules: one record each, and their registration with torch.
+
+cpp/library.cpp has the schemas, cpp/operators.h the checks and what they compute.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _private, autograd, flops, shapes, vmap
+
+_OPS = torch.ops.c3a
+_LIBRARY = torch.library.Library("c3a", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What torch must know of an operator beside its kernels in C++."""
+
+    op: Any
+    fake: Callable  # shapes.py: the result for tensors without data
+    autograd: Callable  # autograd.py: the kernel of the Autograd key
+    vmap: Callable  # vmap.py
+    flops: Callable  # flops.py
+    # The result follows autocast's dtype; the others keep the dtypes they are given.
+    follows_autocast: bool = False
+    functional: Any = None  # of an operator in place, the one that returns a new tensor
+
+
+def _records() -> tuple[Operator, ...]:
+    forward = _OPS.block_circ_conv.default
+    input_grad = _OPS.block_circ_conv_input_grad.default
+    kernel_grad = _OPS.block_circ_conv_kernel_grad.default
+    backward = _OPS.block_circ_conv_backward.default
+    add = _OPS.block_circ_conv_add.default
+    add_ = _OPS.block_circ_conv_add_.default
+    prepare = _OPS.prepare.default
+    prepared = _OPS.block_circ_conv_prepared.default
+    prepared_add = _OPS.block_circ_conv_prepared_add.default
+    prepared_add_ = _OPS.block_circ_conv_prepared_add_.default
+
+    over_forward = vmap.folded(forward, vmap.tokens_of(forward), vmap.kernels_of_forward)
+    over_input_grad = vmap.folded(
+        input_grad, vmap.tokens_of(input_grad), vmap.kernels_of_input_grad
+    )
+    over_kernel_grad = vmap.folded(
+        kernel_grad, vmap.outputs_of_kernel_grad, vmap.inputs_of_kernel_grad
+    )
+    over_sum = vmap.summed(over_forward)
+    over_prepared = vmap.prepared(prepared)
+    over_prepared_sum = vmap.summed(over_prepared)
+    return (
+        Operator(
+            op=forward,
+            fake=shapes.forward,
+            autograd=autograd.product_rule(autograd.FORWARD, "BlockCircConv"),
+            vmap=over_forward,
+            flops=flops.forward,
+            follows_autocast=True,
+        ),
+        Operator(
+            op=add,
+            fake=shapes.add,
+            autograd=autograd.sum_rule(add, autograd.FORWARD, "BlockCircConvAdd"),
+            vmap=over_sum,
+            flops=flops.add,
+        ),
+        Operator(
+            op=add_,
+            fake=shapes.add_,
+            autograd=autograd.in_place_rule(add_, add),
+            vmap=vmap.in_place("block_circ_conv_add_", over_sum),
+            flops=flops.add,
+            functional=add,
+        ),
+        Operator(
+            op=input_grad,
+            fake=shapes.input_grad,
+            autograd=autograd.product_rule(autograd.INPUT_GRAD, "BlockCircConvInputGrad"),
+            vmap=over_input_grad,
+            flops=flops.input_grad,
+        ),
+        Operator(
+            op=kernel_grad,
+            fake=shapes.kernel_grad,
+            autograd=autograd.product_rule(autograd.KERNEL_GRAD, "BlockCircConvKernelGrad"),
+            vmap=over_kernel_grad,
+            flops=flops.kernel_grad,
+        ),
+        Operator(
+            op=backward,
+            fake=shapes.backward,
+            autograd=autograd.pair_rule(backward),
+            vmap=vmap.pair(over_input_grad, over_kernel_grad),
+            flops=flops.backward,
+        ),
+        Operator(
+            op=prepare,
+            fake=shapes.prepare,
+            autograd=autograd.prepare_rule(prepare),
+            vmap=vmap.stacked(prepare),
+            flops=flops.prepare,
+        ),
+        Operator(
+            op=prepared,
+            fake=shapes.prepared,
+            autograd=autograd.product_rule(autograd.PREPARED, "BlockCircConvPrepared"),
+            vmap=over_prepared,
+            flops=flops.prepared,
+            follows_autocast=True,
+        ),
+        Operator(
+            op=prepared_add,
+            fake=shapes.prepared_add,
+            autograd=autograd.sum_rule(prepared_add, autograd.PREPARED, "BlockCircConvPreparedAdd"),
+            vmap=over_prepared_sum,
+            flops=flops.prepared_add,
+        ),
+        Operator(
+            op=prepared_add_,
+            fake=shapes.prepared_add_,
+            autograd=autograd.in_place_rule(prepared_add_, prepared_add),
+            vmap=vmap.in_place("block_circ_conv_prepared_add_", over_prepared_sum),
+            flops=flops.prepared_add,
+            functional=prepared_add,
+        ),
+    )
+
+
+# Every device type that torch has an autocast key for.
+AUTOCAST_KEYS = {
+    "cpu": "AutocastCPU",
+    "cuda": "AutocastCUDA",
+    "xpu": "AutocastXPU",
+    "hpu": "AutocastHPU",
+    "ipu": "AutocastIPU",
+    "mps": "AutocastMPS",
+    "mtia": "AutocastMTIA",
+    "maia": "AutocastMAIA",
+    "xla": "AutocastXLA",
+    "privateuseone": "AutocastPrivateUse1",
+}
+
+
+def _autocast_rule(op, device_type: str) -> Callable:
+    """Take the operands as they are (no copy to save), give the result autocast's dtype."""
+
+    def kernel(*args):
+        of = device_type
+        if of == "privateuseone":
+            of = _private.privateuse1_device_type()
+        with _private.autocast_disabled():
+            y = op(*args)
+            return y if y.dtype == torch.float64 else y.to(torch.get_autocast_dtype(of))
+
+    return kernel
+
+
+def _version_rule(op) -> Callable:
+    """Count a write in place, by which autograd finds saved tensors that were changed."""
+
+    def kernel(keyset, base, *args):
+        _private.below_version_counting(op, keyset, base, *args)
+        torch.autograd.graph.increment_version(base)
+
+    return kernel
+
+
+def _negated_rule(op, functional) -> Callable:
+    """Write into views with the lazy negative bit, which torch's own fallback cannot here."""
+
+    check = shapes.argument_check(op)
+
+    def kernel(base, *args):
+        check((base, *args))
+        args = [t.resolve_neg() if isinstance(t, torch.Tensor) else t for t in args]
+        base.copy_(functional(base.resolve_neg(), *args))
+
+    return kernel
+
+
+def _register(operator: Operator) -> None:
+    op = operator.op
+    name = op.name()
+    torch.library.register_fake(name, operator.fake, lib=_LIBRARY)
+    torch.library.register_vmap(name, operator.vmap, lib=_LIBRARY)
+    _LIBRARY.impl(name, operator.autograd, "Autograd", with_keyset=True)
+    flops.register(op, operator.flops)
+    if operator.functional is not None:
+        _LIBRARY.impl(name, _version_rule(op), "ADInplaceOrView", with_keyset=True)
+        _LIBRARY.impl(name, _negated_rule(op, operator.functional), "Negative")
+    if operator.follows_autocast:
+        for device_type, key in AUTOCAST_KEYS.items():
+            _LIBRARY.impl(name, _autocast_rule(op, device_type), key)
+    # In inference mode nested tensors come here, past the Autograd kernel, which refuses them too.
+    check = shapes.argument_check(op)
+    for key in ("NestedTensorCPU", "NestedTensorCUDA"):
+        _LIBRARY.impl(name, lambda *args: check(args), key)
+    torch.library.register_torch_dispatch(
+        name,
+        _private.NestedTensor,
+        lambda _cls, _func, _types, args=(), _kwargs=None: check(args),
+        lib=_LIBRARY,
+    )
+
+
+OPERATORS = _records()
+for _operator in OPERATORS:
+    _register(_operator)

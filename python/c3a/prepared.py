@@ -1,0 +1,96 @@
+"""A layer's kernel, prepared once for many calls that want no gradient for it.
+
+On the CPU it is prepared at the first such call, and every call compares the kernel with a copy of
+what was prepared, bit by bit: whatever wrote it, and however, it is never stale. Elsewhere a
+comparison would wait for the device, so it is prepared by ``C3ALinear.prepare()`` only, and dropped
+when the kernel is another tensor or its version (autograd's count of writes) has changed.
+"""
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_OPS = torch.ops.c3a
+
+
+class _Held(NamedTuple):
+    """What was prepared, and from what; replaced as a whole."""
+
+    source: tuple  # shape, dtype, device, scale, and off the CPU also place and version
+    copy: Tensor | None  # of the kernel, on the CPU
+    w_hat: Tensor
+    w_hat_transposed: Tensor | None  # made when it is first needed
+
+
+class PreparedKernel:
+    """Holds the prepared kernel of one layer; safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: _Held | None = None
+
+    def __reduce__(self):
+        return PreparedKernel, ()  # copies and pickles of a layer start without
+
+    def drop(self) -> None:
+        self._held = None
+
+    def make(self, w: Tensor, scale: float, dtype: torch.dtype) -> None:
+        """Prepare now, whatever was there."""
+        if w.device.type != "cpu" and w.is_inference():
+            raise RuntimeError(
+                "c3a.C3ALinear.prepare: expected a kernel made outside inference mode: this "
+                f"one counts no writes, and on {w.device} nothing else tells when it changes"
+            )
+        with self._lock:
+            self._held = _prepared(w.detach(), scale, dtype, transposed=False)
+
+    def get(
+        self, w: Tensor, scale: float, dtype: torch.dtype, transposed: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Return ``(w_hat, w_hat_transposed)`` of the kernel as it is now, or None.
+
+        ``dtype`` is what sums run in; the second is None unless ``transposed``.
+        """
+        held, w = self._held, w.detach()  # w as it is now, whatever becomes of the parameter
+        if held is None and w.device.type != "cpu":
+            return None
+        if not _is_current(held, w, scale, dtype, transposed):
+            with self._lock:
+                held = self._held  # another thread may have prepared it meanwhile
+                if not _is_current(held, w, scale, dtype, transposed):
+                    if w.device.type != "cpu" and not _is_current(held, w, scale, dtype, False):
+                        self._held = None
+                        return None
+                    held = self._held = _prepared(w, scale, dtype, transposed)
+        return held.w_hat, held.w_hat_transposed
+
+
+def _source(w: Tensor, scale: float, dtype: torch.dtype) -> tuple:
+    facts = (w.shape, w.dtype, w.device, scale, dtype)
+    if w.device.type == "cpu":
+        return facts
+    return (*facts, w.data_ptr(), w.stride(), w._version)
+
+
+def _is_current(
+    held: _Held | None, w: Tensor, scale: float, dtype: torch.dtype, transposed: bool
+) -> bool:
+    return (
+        held is not None
+        and held.source == _source(w, scale, dtype)
+        and (held.w_hat_transposed is not None or not transposed)
+        and (held.copy is None or _OPS._same_bits(held.copy, w.contiguous()))
+    )
+
+
+@torch.no_grad()
+def _prepared(w: Tensor, scale: float, dtype: torch.dtype, transposed: bool) -> _Held:
+    source, copy = _source(w, scale, dtype), None
+    if w.device.type == "cpu":
+        w = copy = w.clone(memory_format=torch.contiguous_format)
+    w_hat = _OPS.prepare(w, dtype, False, scale)
+    w_hat_transposed = _OPS.prepare(w, dtype, True, scale) if transposed else None
+    return _Held(source, copy, w_hat, w_hat_transposed)

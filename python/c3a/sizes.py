@@ -1,0 +1,53 @@
+"""Sizes of layers: features, the block sizes that fit, shapes of kernels."""
+
+import math
+from numbers import Integral
+
+from torch import nn
+
+
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """Return ``(in_features, out_features)`` of a linear layer, or None for any other module.
+
+    ``nn.Linear`` and everything that copies its two attributes (quantised layers, ``C3ALinear``),
+    and ``transformers.pytorch_utils.Conv1D`` with its ``nx`` and ``nf``.
+    """
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        sizes = tuple(getattr(layer, name, None) for name in names)
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            return sizes
+    return None
+
+
+def common_divisors(in_features: int, out_features: int) -> list[int]:
+    """Return the block sizes that fit without padding, ascending."""
+    gcd = math.gcd(in_features, out_features)
+    return [b for b in range(1, gcd + 1) if gcd % b == 0]
+
+
+def auto_block_size(in_features: int, out_features: int, rank: int) -> int:
+    """Return the common divisor nearest to ``sqrt(in * out) / rank``, by ratio; ties go up.
+
+    The rule of the PEFT library's page on C3A, ``rank`` being the LoRA rank one would use.
+    """
+    goal = math.sqrt(in_features * out_features) / rank
+    return min(
+        common_divisors(in_features, out_features), key=lambda b: (abs(math.log(b / goal)), -b)
+    )
+
+
+def check_block_size(block_size: int, in_features: int, out_features: int, pad: bool) -> None:
+    """Raise ValueError, with the sizes that would do, unless ``block_size`` fits the layer."""
+    if not isinstance(block_size, Integral) or isinstance(block_size, bool) or block_size < 1:
+        raise ValueError(f"expected block_size to be an integer >= 1, got {block_size!r}")
+    if not pad and (in_features % block_size or out_features % block_size):
+        fits = ", ".join(str(b) for b in common_divisors(in_features, out_features))
+        raise ValueError(
+            f"block_size {block_size} does not divide in_features = {in_features} and out_features "
+            f"= {out_features}; these do: {fits} (or pass pad=True)"
+        )
+
+
+def kernel_shape(in_features: int, out_features: int, block_size: int) -> tuple[int, int, int]:
+    """Return ``(m, n, b)`` of a layer's kernel, with room for padding where ``b`` divides not."""
+    return -(-out_features // block_size), -(-in_features // block_size), block_size

@@ -1,0 +1,129 @@
+"""vmap: a batch of one operand folds into the sizes that the other does not share.
+
+Activations fold into tokens or block rows, kernels into m or n. Batches of both run one by one.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+_OPS = torch.ops.c3a
+
+
+def one_by_one(op) -> Callable:
+    """Return the rule that calls ``op`` for each entry of a batch."""
+
+    def rule(info, in_dims, *args):
+        batches = [
+            [t] * info.batch_size if dim is None else t.unbind(dim)
+            for t, dim in zip(args, in_dims, strict=True)
+        ]
+        return torch.stack([op(*entry) for entry in zip(*batches, strict=True)]), 0
+
+    return rule
+
+
+def folded(op, fold_first: Callable, fold_second: Callable) -> Callable:
+    """Return the rule of ``op(a, b, *constants)``.
+
+    ``fold_first(a, b, size, *constants)`` runs with ``a`` alone batched, along dimension 0, and
+    returns the result with the dimension of its batch; ``fold_second`` likewise for ``b``.
+    """
+
+    def rule(info, in_dims, a, b, *constants):
+        a_dim, b_dim = in_dims[:2]
+        if a_dim is None and b_dim is None:
+            return op(a, b, *constants), None
+        if b_dim is None:
+            return fold_first(a.movedim(a_dim, 0), b, info.batch_size, *constants)
+        if a_dim is None:
+            return fold_second(a, b.movedim(b_dim, 0), info.batch_size, *constants)
+        return one_by_one(op)(info, in_dims, a, b, *constants)
+
+    return rule
+
+
+def tokens_of(op) -> Callable:
+    return lambda a, w, size, *constants: (op(a, w, *constants), 0)
+
+
+def kernels_of_forward(x, w, size, *constants):
+    y = _OPS.block_circ_conv(x, w.flatten(0, 1), *constants)
+    return y.unflatten(-1, (size, -1)), y.dim() - 1
+
+
+def kernels_of_input_grad(g, w, size, *constants):
+    dx = _OPS.block_circ_conv_input_grad(g, w.movedim(0, 1).flatten(1, 2), *constants)
+    return dx.unflatten(-1, (size, -1)), dx.dim() - 1
+
+
+def outputs_of_kernel_grad(g, x, size, *constants):
+    dw = _OPS.block_circ_conv_kernel_grad(g.movedim(0, -2).flatten(-2), x, *constants)
+    return dw.unflatten(0, (size, -1)), 0
+
+
+def inputs_of_kernel_grad(g, x, size, *constants):
+    dw = _OPS.block_circ_conv_kernel_grad(g, x.movedim(0, -2).flatten(-2), *constants)
+    return dw.unflatten(1, (size, -1)), 1
+
+
+def prepared(op) -> Callable:
+    """Return the rule of a product with a prepared kernel: batches of activations are tokens."""
+
+    def rule(info, in_dims, x, *rest):
+        if any(dim is not None for dim in in_dims[1:]):
+            return one_by_one(op)(info, in_dims, x, *rest)
+        if in_dims[0] is None:
+            return op(x, *rest), None
+        return op(x.movedim(in_dims[0], 0), *rest), 0
+
+    return rule
+
+
+def stacked(op) -> Callable:
+    """Return the rule of an operator that takes stacks in its leading dimensions."""
+
+    def rule(info, in_dims, w, *constants):
+        return op(w.movedim(in_dims[0], 0), *constants), 0
+
+    return rule
+
+
+def summed(product_rule: Callable) -> Callable:
+    """Return the rule of ``base`` plus a product."""
+
+    def rule(info, in_dims, base, *args):
+        y, y_dim = product_rule(info, in_dims[1:], *args)
+        base = base if in_dims[0] is None else base.movedim(in_dims[0], 0)
+        y = y if y_dim is None else y.movedim(y_dim, 0)
+        return (base + y).to(base.dtype), 0
+
+    return rule
+
+
+def in_place(name: str, sum_rule: Callable) -> Callable:
+    def rule(info, in_dims, base, *args):
+        if in_dims[0] is None:
+            raise RuntimeError(
+                f"c3a.{name}: vmap cannot write a batch into a base that has none; use "
+                f"{name.removesuffix('_')}"
+            )
+        result, _ = sum_rule(info, in_dims, base, *args)
+        base.movedim(in_dims[0], 0).copy_(result)
+        return None, None
+
+    return rule
+
+
+def pair(input_grad_rule: Callable, kernel_grad_rule: Callable) -> Callable:
+    def rule(info, in_dims, g, x, w, scale=1.0):
+        g_dim, x_dim, w_dim = in_dims[:3]
+        # The last dimension of one kernel, wherever the batch of kernels has its own.
+        block_size = w.shape[-2 if w_dim == w.dim() - 1 else -1]
+        of_both = (g_dim, w_dim, None)
+        dx, dx_dim = input_grad_rule(info, of_both, g, w, scale)
+        of_both = (g_dim, x_dim, None, None, None)
+        dw, dw_dim = kernel_grad_rule(info, of_both, g, x, block_size, w.dtype, scale)
+        return (dx.to(x.dtype), dw), (dx_dim, dw_dim)
+
+    return rule
