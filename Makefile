@@ -149,7 +149,7 @@ AARCH64 = $(PY) -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -Wall -W
 aarch64:
 	$(INSTALL) ziglang
 	mkdir -p build
-	for file in cpp/library.cpp cpp/aten.cpp cpp/same_bits.cpp cpp/cpu.cpp cpp/cpu_kernel.cpp cpp/cpu_plan.cpp; do \
+	for file in cpp/library.cpp cpp/aten.cpp cpp/cpu.cpp cpp/cpu_kernel.cpp cpp/cpu_plan.cpp; do \
 		$(AARCH64) $$file || exit 1; done
 
 lint:

@@ -26,7 +26,4 @@ STABLE_TORCH_LIBRARY(c3a, m) {
   m.def(
       "block_circ_conv_prepared_add_(Tensor(a!) base, Tensor x, Tensor w_hat, int block_size, "
       "Tensor? w_hat_transposed=None) -> ()");
-  // Whether two contiguous CPU tensors of one dtype and shape hold the same bits: by it a layer
-  // tells that a kernel is still what was prepared.
-  m.def("_same_bits(Tensor a, Tensor b) -> bool");
 }

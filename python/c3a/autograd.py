@@ -357,11 +357,11 @@ def _in_place(operator) -> Callable:
 _INTO_BASE = {
     FORWARD: (
         _sum_node("BlockCircConvAdd", FORWARD),
-        _in_place(_OPS.block_circ_conv_add_),
+        _in_place(_OPS.block_circ_conv_add_.default),
     ),
     PREPARED: (
         _sum_node("BlockCircConvPreparedAdd", PREPARED),
-        _in_place(_OPS.block_circ_conv_prepared_add_),
+        _in_place(_OPS.block_circ_conv_prepared_add_.default),
     ),
 }
 
