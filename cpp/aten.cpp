@@ -78,9 +78,10 @@ void Aten::gradients(const Gradients& c) {
 }
 
 void Aten::prepare(const Preparation& c) {
-  const Problem one = c.transposed ? c.p.transposed() : c.p;
-  Tensor kernels = torch::stable::reshape(c.w, {c.p.tokens, c.p.m * c.p.n * c.p.b});
-  for (int64_t kernel = 0; kernel < c.p.tokens; ++kernel) {
+  const auto [count, m, n, b] = c.kernels;
+  const Problem one{1, c.transposed ? n : m, c.transposed ? m : n, b};
+  Tensor kernels = torch::stable::reshape(c.w, {count, m * n * b});
+  for (int64_t kernel = 0; kernel < count; ++kernel) {
     const Tensor w = torch::stable::narrow(kernels, 0, kernel, 1);
     Tensor to = prepared_bins(one, c.out, kernel);
     torch::stable::copy_(to, kernel_spectra(one, w, c.out.scalar_type(), c.transposed, c.scale));

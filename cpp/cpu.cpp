@@ -7,7 +7,9 @@
 // small matrix product, kernel times activations or activations times kernel.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 
@@ -107,7 +109,7 @@ class Workspace {
   // A part for the caller, each part once.
   char* take() {
     const int64_t part = next_++;
-    check(part < threads_, "block_circ_conv", "torch split the work into too many parts");
+    if (part >= threads_) throw std::runtime_error("torch split the work into too many parts");
     return static_cast<char*>(memory_.data_ptr()) + part * bytes_;
   }
 
@@ -400,51 +402,89 @@ void filled_in(Tensor& out, const F& f) {
   torch::stable::copy_(out, exact);
 }
 
-// The plan of a problem, or none: then ATen's transforms compute.
-std::shared_ptr<const Plan> plan_of(const Problem& p) {
-  return in_use().level ? plan_for(p.b) : nullptr;
+// The plan for a block size, or none: then ATen's transforms compute.
+std::shared_ptr<const Plan> plan_of(int64_t b) { return in_use().level ? plan_for(b) : nullptr; }
+
+// A number for memory and a scale; of other numbers it is another one.
+uint64_t fingerprint(const void* memory, int64_t bytes, double scale) {
+  constexpr uint64_t kFactor = 0x9e3779b97f4a7c15;
+  const char* from = static_cast<const char*>(memory);
+  std::array<uint64_t, 4> sums{1, 2, 3, std::bit_cast<uint64_t>(scale)}, words{};
+  for (int64_t at = 0; at < bytes; at += sizeof(words)) {
+    std::memcpy(&words, from + at, std::min<int64_t>(sizeof(words), bytes - at));
+    for (size_t i = 0; i < words.size(); ++i) {
+      sums[i] = (std::rotl(sums[i], 29) ^ words[i]) * kFactor;
+    }
+  }
+  uint64_t all = 0;
+  for (const uint64_t sum : sums) all = (std::rotl(all, 29) ^ sum) * kFactor;
+  return all;
 }
 
-// Behind a prepared kernel's spectra: who made them, for what block size. What is not as expected
-// was not made by prepare(), or by another build or level, whose layout may differ.
+// Behind a prepared kernel's spectra: who made them, from what, and a sample of them, by which
+// blocks in another order are told. What is not as expected was not made by prepare(), or is a part
+// of what it made.
 struct Tag {
   uint64_t maker;
-  int64_t block_size;
+  int64_t m, n, block_size;
+  uint64_t source, sample;
   bool operator==(const Tag&) const = default;
 
-  Tag(const Problem& p, bool by_aten) : maker(0x6333612d68617400 + by_aten), block_size(p.b) {}
+  static uint64_t made(bool by_aten, bool transposed) {
+    return 0x6333612d68617400 + 2 * by_aten + transposed;
+  }
 
-  // Its place in kernel number `index` of a tensor of prepared kernels.
-  static char* place(const Problem& p, const Tensor& w_hat, int64_t index) {
-    const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true) * w_hat.element_size();
-    return static_cast<char*>(w_hat.data_ptr()) + (index + 1) * size - sizeof(Tag);
+  // Kernel number `index` of a tensor of prepared ones.
+  struct Place {
+    char* spectra;
+    int64_t bytes;  // of the spectra and what is behind them
+
+    Place(int64_t m, int64_t n, int64_t b, const Tensor& w_hat, int64_t index)
+        : bytes(m * n * prepared_length(m, n, b, true) * w_hat.element_size()) {
+      spectra = static_cast<char*>(w_hat.data_ptr()) + index * bytes;
+    }
+    char* tag() const { return spectra + bytes - sizeof(Tag); }
+    uint64_t sample() const {
+      constexpr int64_t kNumbers = 17;
+      std::array<float, kNumbers> found;
+      const int64_t last = (bytes - sizeof(Tag)) / sizeof(float) - 1;
+      for (int64_t i = 0; i < kNumbers; ++i) {
+        std::memcpy(&found[i], spectra + last * i / kNumbers * sizeof(float), sizeof(float));
+      }
+      return fingerprint(found.data(), sizeof(found), 1);
+    }
+  };
+
+  // The tag of a prepared kernel, and what a sample of its spectra is now.
+  static std::pair<Tag, uint64_t> of(const Problem& p, const Tensor& w_hat) {
+    const Tensor t = w_hat.is_contiguous() ? w_hat : torch::stable::contiguous(w_hat);
+    const Place place(p.m, p.n, p.b, t, 0);
+    Tag tag;
+    std::memcpy(&tag, place.tag(), sizeof(Tag));
+    return {tag, place.sample()};
   }
 };
+// A tag is behind all that a vector reads past the spectra.
+static_assert(sizeof(Tag) + 15 * sizeof(float) <= kPreparedRoom * sizeof(float));
 
 struct Cpu {
   static void convolve(const Convolution& c) {
-    const auto plan = plan_of(c.p);
-    if (c.form == Form::prepared) {
-      const Tag expected(c.p, !plan);
-      check(
-          std::memcmp(Tag::place(c.p, c.kernel, 0), &expected, sizeof(Tag)) == 0, c.op,
-          "expected w_hat as c3a.prepare made it in this process for block_size = ", c.p.b,
-          ", got other numbers");
-    }
+    const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::convolve(c);
     const bool is_float = compute_type({c.in, c.kernel, c.out}) == ScalarType::Float;
     is_float ? convolve_in<float>(c, *plan) : convolve_in<double>(c, *plan);
   }
 
   static void gradients(const Gradients& c) {
-    const auto plan = plan_of(c.p);
+    const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::gradients(c);
     const ScalarType type = c.w ? compute_type({c.g, c.x, *c.w}) : compute_type({c.g, c.x, c.dw});
     type == ScalarType::Float ? gradients_in<float>(c, *plan) : gradients_in<double>(c, *plan);
   }
 
   static void prepare(const Preparation& c) {
-    const auto plan = plan_of(c.p);
+    const auto [count, m, n, b] = c.kernels;
+    const auto plan = plan_of(b);
     if (!plan) {
       Aten::prepare(c);
     } else if (c.out.scalar_type() == ScalarType::Float) {
@@ -452,10 +492,33 @@ struct Cpu {
     } else {
       prepare_in<double>(c, *plan);
     }
-    const Tag tag(c.p, !plan);
-    for (int64_t kernel = 0; kernel < c.p.tokens; ++kernel) {
-      std::memcpy(Tag::place(c.p, c.out, kernel), &tag, sizeof(Tag));
+    const int64_t rows = c.transposed ? n : m, columns = c.transposed ? m : n;
+    const int64_t bytes = m * n * b * c.w.element_size();
+    for (int64_t kernel = 0; kernel < count; ++kernel) {
+      const char* w = static_cast<const char*>(c.w.const_data_ptr()) + kernel * bytes;
+      const Tag::Place place(rows, columns, b, c.out, kernel);
+      const Tag tag{Tag::made(!plan, c.transposed), rows,          columns, b,
+                    fingerprint(w, bytes, c.scale), place.sample()};
+      std::memcpy(place.tag(), &tag, sizeof(Tag));
     }
+  }
+
+  static void check_prepared(
+      const char* op, const Problem& p, const Tensor& w_hat, const Tensor* transposed) {
+    const bool by_aten = !plan_of(p.b);
+    const auto [tag, sample] = Tag::of(p, w_hat);
+    const bool is_transposed = tag.maker == Tag::made(by_aten, true);
+    const Tag expected{Tag::made(by_aten, is_transposed), p.m, p.n, p.b, tag.source, sample};
+    check(
+        tag == expected, op, "expected w_hat as c3a.prepare made it for m = ", p.m, ", n = ", p.n,
+        " and block_size = ", p.b, ", got other numbers, or a part of a prepared kernel");
+    if (!transposed) return;
+    const auto [other, other_sample] = Tag::of(p.transposed(), *transposed);
+    const Tag mirrored{Tag::made(by_aten, !is_transposed), p.n, p.m, p.b, tag.source, other_sample};
+    check(
+        other == mirrored, op,
+        "expected w_hat and w_hat_transposed to be c3a.prepare(w) and c3a.prepare(w, "
+        "transposed=True) of one w and one scale, got tensors of different origin");
   }
 
  private:
@@ -487,12 +550,13 @@ struct Cpu {
 
   template <class T>
   static void prepare_in(const Preparation& c, const Plan& plan) {
-    const Problem p = c.transposed ? c.p.transposed() : c.p;
+    const auto [count, m, n, b] = c.kernels;
+    const Problem p{1, c.transposed ? n : m, c.transposed ? m : n, b};
     const Tiles<T> tiles(p, plan, c.w);
     const Tensor w = operand<T>(c.w);
     const Blocked kernels(w, p.m * p.n, p.b);
     const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true);
-    for (int64_t kernel = 0; kernel < p.tokens; ++kernel) {
+    for (int64_t kernel = 0; kernel < count; ++kernel) {
       Blocked one = kernels;
       one.data = kernels.at(kernel, 0);
       tiles.fill_spectra(

@@ -4,6 +4,9 @@
 //   static void convolve(const Convolution&);    // forward, input gradient, prepared or not
 //   static void gradients(const Gradients&);     // kernel gradient, and the input's with it
 //   static void prepare(const Preparation&);     // kernels' spectra, for later convolutions
+//   // Refuse what prepare() did not make, as far as its numbers tell; `transposed` may be null.
+//   static void check_prepared(
+//       const char* op, const Problem&, const Tensor& w_hat, const Tensor* transposed);
 //
 // that fill their results. Operands and results may differ in dtype; sums run in compute_type().
 
@@ -54,11 +57,10 @@ struct Gradients {
   Tensor* dx = nullptr;
 };
 
-// out: the spectra, times scale, of `p.tokens` kernels (p.m, p.n, p.b) or their transposed ones; as
-// many tensors of prepared_length() numbers a block, zeros at first. Their layout is the back
-// end's.
+// out: the spectra, times scale, of kernels (m, n, b) or their transposed ones; as many tensors of
+// prepared_length() numbers a block, zeros at first. Their layout is the back end's.
 struct Preparation {
-  Problem p;
+  Kernels kernels;
   const Tensor& w;
   bool transposed;
   double scale;
@@ -132,20 +134,19 @@ struct Operators {
   static Tensor prepare(Tensor w, std::optional<ScalarType> dtype, bool transposed, double scale) {
     const char* op = "prepare";
     return named(op, [&] {
-      const Problem p = problem_of_kernels(op, w);
+      const Kernels k = kernels_of(op, w);
       const ScalarType type = dtype.value_or(compute_type({w}));
       const bool computes = type == ScalarType::Double || type == compute_type({w});
       check(
           computes, op, "expected dtype to be float32, or float64 for kernels in float64 too, got ",
           dtype_name(static_cast<int32_t>(type)), " for w in ", dtype_name(dtype_of(w)));
       std::vector<int64_t> shape(w.sizes().begin(), w.sizes().end() - 3);
-      const Problem q = transposed ? p.transposed() : p;
-      for (const int64_t size : {q.m, q.n, prepared_length(p.m, p.n, p.b, w.is_cpu())}) {
-        shape.push_back(size);
-      }
+      shape.insert(
+          shape.end(), {transposed ? k.n : k.m, transposed ? k.m : k.n,
+                        prepared_length(k.m, k.n, k.b, w.is_cpu())});
       Tensor w_hat = torch::stable::new_zeros(w, shape, type);
       const Tensor w_in = contiguous(w);
-      if (p.tokens > 0) Backend::prepare({p, w_in, transposed, scale, w_hat});
+      if (k.count > 0) Backend::prepare({k, w_in, transposed, scale, w_hat});
       return w_hat;
     });
   }
@@ -154,7 +155,7 @@ struct Operators {
       Tensor x, Tensor w_hat, int64_t b, std::optional<Tensor> w_hat_transposed) {
     const char* op = "block_circ_conv_prepared";
     return named(op, [&] {
-      const Problem p = problem_of_prepared(op, x, w_hat, b, w_hat_transposed);
+      const Problem p = prepared_problem(op, x, w_hat, b, w_hat_transposed);
       return convolved(op, p, Form::prepared, w_hat, 1, x);
     });
   }
@@ -163,7 +164,7 @@ struct Operators {
       Tensor base, Tensor x, Tensor w_hat, int64_t b, std::optional<Tensor> w_hat_transposed) {
     const char* op = "block_circ_conv_prepared_add";
     return named(op, [&] {
-      const Problem p = problem_of_prepared(op, x, w_hat, b, w_hat_transposed);
+      const Problem p = prepared_problem(op, x, w_hat, b, w_hat_transposed);
       return added(op, p, Form::prepared, w_hat, 1, x, base);
     });
   }
@@ -172,7 +173,7 @@ struct Operators {
       Tensor base, Tensor x, Tensor w_hat, int64_t b, std::optional<Tensor> w_hat_transposed) {
     const char* op = "block_circ_conv_prepared_add_";
     named(op, [&] {
-      const Problem p = problem_of_prepared(op, x, w_hat, b, w_hat_transposed);
+      const Problem p = prepared_problem(op, x, w_hat, b, w_hat_transposed);
       add_in_place(op, p, Form::prepared, w_hat, 1, x, base);
     });
   }
@@ -191,6 +192,14 @@ struct Operators {
   }
 
  private:
+  static Problem prepared_problem(
+      const char* op, const Tensor& x, const Tensor& w_hat, int64_t b,
+      const std::optional<Tensor>& w_hat_transposed) {
+    const Problem p = problem_of_prepared(op, x, w_hat, b, w_hat_transposed);
+    Backend::check_prepared(op, p, w_hat, w_hat_transposed ? &*w_hat_transposed : nullptr);
+    return p;
+  }
+
   static std::vector<int64_t> sizes(const Tensor& like, int64_t features) {
     std::vector<int64_t> s(like.sizes().begin(), like.sizes().end());
     s.back() = features;

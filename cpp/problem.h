@@ -175,11 +175,9 @@ inline int32_t dtype_of(const Tensor& t) {
 }
 
 inline void check_supported(const char* op, const char* what, int32_t type) {
-  const bool supported = type == aoti_torch_dtype_float64() || type == aoti_torch_dtype_float32() ||
-                         type == aoti_torch_dtype_bfloat16() || type == aoti_torch_dtype_float16();
   check(
-      supported, op, "expected ", what, " to be float64, float32, bfloat16 or float16, got ",
-      dtype_name(type));
+      element_of(static_cast<ScalarType>(type)).has_value(), op, "expected ", what,
+      " to be float64, float32, bfloat16 or float16, got ", dtype_name(type));
 }
 inline void check_supported(const char* op, const char* what, ScalarType type) {
   check_supported(op, what, static_cast<int32_t>(type));
@@ -197,8 +195,10 @@ inline void check_numbers(const char* op, const Named& a) {
 }
 
 inline void check_same_device(const char* op, const Named& a, const Named& b) {
-  const bool same = a.tensor.is_cpu() == b.tensor.is_cpu() &&
-                    a.tensor.get_device_index() == b.tensor.get_device_index();
+  int32_t a_type = 0, b_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.tensor.get(), &a_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.tensor.get(), &b_type));
+  const bool same = a_type == b_type && a.tensor.get_device_index() == b.tensor.get_device_index();
   check(
       same, op, "expected ", a.name, " and ", b.name, " on one device, got ", device(a.tensor),
       " and ", device(b.tensor));
@@ -218,15 +218,19 @@ inline void check_kernel(const char* op, const Tensor& w) {
   check(right, op, "expected a kernel w of shape (m, n, b) with m, n, b >= 1, got ", shape(w));
 }
 
-// One kernel or a stack of them: (..., m, n, b). Returns its Problem, the kernels being tokens.
-inline Problem problem_of_kernels(const char* op, const Tensor& w) {
+// A kernel, or a stack of `count`: (..., m, n, b).
+struct Kernels {
+  int64_t count, m, n, b;
+};
+
+inline Kernels kernels_of(const char* op, const Tensor& w) {
   check_numbers(op, {"w", w});
   const int64_t d = w.dim() - 3;
   const bool right = d >= 0 && w.size(d) >= 1 && w.size(d + 1) >= 1 && w.size(d + 2) >= 1;
   check(right, op, "expected kernels w of shape (..., m, n, b) with m, n, b >= 1, got ", shape(w));
-  int64_t kernels = 1;
-  for (int64_t e = 0; e < d; ++e) kernels *= w.size(e);
-  return {kernels, w.size(d), w.size(d + 1), w.size(d + 2)};
+  int64_t count = 1;
+  for (int64_t e = 0; e < d; ++e) count *= w.size(e);
+  return {count, w.size(d), w.size(d + 1), w.size(d + 2)};
 }
 
 inline void check_same_leading(const char* op, const Tensor& g, const Tensor& x) {
@@ -280,7 +284,6 @@ inline void check_prepared(const char* op, const Named& w_hat, int64_t b) {
       t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op,
       "expected ", w_hat.name, " in float32 or float64, as c3a.prepare makes it, got ",
       dtype_name(dtype_of(t)));
-  check(b >= 1, op, "expected block_size >= 1, got ", b);
   const bool blocks = t.dim() == 3 && t.size(0) >= 1 && t.size(1) >= 1;
   check(
       blocks, op, "expected a prepared kernel ", w_hat.name, " of shape (m, n, numbers), got ",
@@ -296,9 +299,12 @@ inline Problem problem_of_prepared(
     const char* op, const Tensor& x, const Tensor& w_hat, int64_t b,
     const std::optional<Tensor>& w_hat_transposed) {
   check_numbers(op, {"x", x});
+  const int64_t tokens = check_tokens(op, {"x", x});
+  check(
+      1 <= b && b <= std::max<int64_t>(1, x.size(-1)), op,
+      "expected 1 <= block_size <= x.size(-1) = ", x.size(-1), ", got ", b);
   check_prepared(op, {"w_hat", w_hat}, b);
   check_same_device(op, {"x", x}, {"w_hat", w_hat});
-  const int64_t tokens = check_tokens(op, {"x", x});
   const Problem p{tokens, w_hat.size(0), w_hat.size(1), b};
   check(
       x.size(-1) == p.in_features(), op,

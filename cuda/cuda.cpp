@@ -105,13 +105,13 @@ Device current_device() {
   controls.check();
   Device device{};
   C3A_CUDA_CHECK(cudaGetDevice(&device.index));
-  const auto ask = [&](cudaDeviceAttr attribute) {
+  const auto value_of = [&](cudaDeviceAttr attribute) {
     int value = 0;
     C3A_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device.index));
     return value;
   };
-  const int major = ask(cudaDevAttrComputeCapabilityMajor);
-  const int minor = ask(cudaDevAttrComputeCapabilityMinor);
+  const int major = value_of(cudaDevAttrComputeCapabilityMajor);
+  const int minor = value_of(cudaDevAttrComputeCapabilityMinor);
   if (major * 10 + minor < 75 || !has_code()) {
     std::ostringstream message;
     message << "cuda:" << device.index << " has compute capability " << major << '.' << minor
@@ -119,8 +119,8 @@ Device current_device() {
             << ": use a build for that device, or the CPU";
     throw std::runtime_error(message.str());
   }
-  device.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
-  device.shared_bytes_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device.multiprocessors = value_of(cudaDevAttrMultiProcessorCount);
+  device.shared_bytes_per_block = value_of(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return device;
 }
 
@@ -192,9 +192,8 @@ class Steps {
     } else {
       w_hat = empty<float>(c.p.m * c.p.n * c.p.b);
       const bool transposed = c.form == Form::transposed;
-      Problem kernel = transposed ? c.p.transposed() : c.p;
-      kernel.tokens = 1;
-      prepare_fused({kernel, c.kernel, transposed, c.scale, w_hat});
+      const Problem kernel = transposed ? c.p.transposed() : c.p;
+      prepare_fused({{1, kernel.m, kernel.n, kernel.b}, c.kernel, transposed, c.scale, w_hat});
     }
     const Fused problem{
         .b = c.p.b,
@@ -209,16 +208,17 @@ class Steps {
   }
 
   void prepare_fused(const Preparation& c) const {
+    const auto [count, m, n, b] = c.kernels;
     const KernelSpectra problem{
-        .b = c.p.b,
-        .kernels = static_cast<unsigned>(c.p.tokens),
-        .m = static_cast<unsigned>(c.p.m),
-        .n = static_cast<unsigned>(c.p.n),
+        .b = b,
+        .kernels = static_cast<unsigned>(count),
+        .m = static_cast<unsigned>(m),
+        .n = static_cast<unsigned>(n),
         .transposed = c.transposed,
-        .factor = static_cast<float>(c.scale) * fused_factor(c.p.b),
+        .factor = static_cast<float>(c.scale) * fused_factor(b),
         .in = operand(c.w),
         .out = data<float2>(c.out),
-        .stride = c.out.numel() / c.p.tokens / 2};
+        .stride = c.out.numel() / count / 2};
     kernel_spectra(problem, device_, stream_);
   }
 
@@ -251,7 +251,7 @@ class Steps {
   template <class Real>
   void prepare_by_cufft(const Preparation& c) const {
     const Problem result = c.transposed ? p_.transposed() : p_;
-    for (int64_t kernel = 0; kernel < p_.tokens; ++kernel) {
+    for (int64_t kernel = 0; kernel < c.kernels.count; ++kernel) {
       const Numbers w = operand(c.w, kernel * p_.m * p_.n * p_.b);
       const Tensor w_hat = spectra<Real>(w, p_.m, p_.m, p_.n, kernel_factor<Real>(c.scale));
       Tensor to = prepared_bins(result, c.out, kernel);
@@ -404,16 +404,16 @@ class Steps {
     const int64_t size = p_.bins() * p_.m * p_.n;
     const Factor g{1, m, chunk.rows * m, true}, x{n, 1, chunk.rows * n, false};
     const Sizes sizes{p_.bins(), m, n, chunk.rows};
-    const bool onto = chunk.first > 0;
+    const bool later = chunk.first > 0;
     const int64_t parts = parts_of(sizes);
-    const bool direct = parts == 1 && !onto;
+    const bool direct = parts == 1 && !later;
     const Tensor terms = direct ? dw_hat : complexes<Real>({parts, p_.bins(), p_.m, p_.n});
     product<Real>(
         read<Complex<Real>>(g_hat), g, read<Complex<Real>>(x_hat), x, data<Complex<Real>>(terms),
         sizes, parts, stream_);
     if (direct) return;
     sum_parts<Real>(
-        read<Complex<Real>>(terms), data<Complex<Real>>(dw_hat), size, parts, onto, stream_);
+        read<Complex<Real>>(terms), data<Complex<Real>>(dw_hat), size, parts, later, stream_);
   }
 
   void transform(cufftType type, int64_t batch, void* in, void* out) const {
@@ -435,7 +435,7 @@ class Steps {
         like_, sizes, wide ? ScalarType::ComplexDouble : ScalarType::ComplexFloat);
   }
 
-  const Problem& p_;
+  const Problem p_;
   const Tensor& like_;
   const Device device_;
   const cudaStream_t stream_;
@@ -482,9 +482,10 @@ void Cuda::gradients(const Gradients& c) {
 
 void Cuda::prepare(const Preparation& c) {
   const torch::stable::accelerator::DeviceGuard guard(c.w.get_device_index());
-  const Steps steps(c.p, c.w);
+  const auto [count, m, n, b] = c.kernels;
+  const Steps steps({count, m, n, b}, c.w);
   const ScalarType type = c.out.scalar_type();
-  if (has_fused_layout(c.p.b, type)) return steps.prepare_fused(c);
+  if (has_fused_layout(b, type)) return steps.prepare_fused(c);
   with_real(type, [&](auto zero) { steps.prepare_by_cufft<decltype(zero)>(c); });
 }
 

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1) load_numbers(
 }
 
 template <class T, class Real>
-__device__ inline T onto(const T* base, int64_t e, Real value) {
+__device__ inline T added(const T* base, int64_t e, Real value) {
   return narrow<T>(base ? widen<Real>(base[e]) + value : value);
 }
 
@@ -68,14 +68,14 @@ __global__ void __launch_bounds__(kThreads, 1) store_numbers(
 #pragma unroll
       for (int i = 0; i < Group<Real>::kSize; ++i) {
         const int at = piece * Group<Real>::kSize + i;
-        to.values[at] = onto(base ? to.values : nullptr, at, from.values[i] * factor);
+        to.values[at] = added(base ? to.values : nullptr, at, from.values[i] * factor);
       }
     }
     store_group(out + e * kGroup, to);
   }
 #pragma unroll 1
   for (int64_t e = groups * kGroup + first_element(); e < size; e += grid_stride()) {
-    out[e] = onto(base, e, in[e] * factor);
+    out[e] = added(base, e, in[e] * factor);
   }
 }
 

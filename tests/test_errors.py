@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import c3a
 from c3a import _private
-from c3a.shapes import prepared_length
 
 OPS = torch.ops.c3a
 
@@ -25,8 +25,7 @@ class Prepared(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     def on(self, device) -> torch.Tensor:
-        length = prepared_length(self.m, self.n, self.b, torch.device(device))
-        return torch.empty(self.m, self.n, length, dtype=self.dtype, device=device)
+        return OPS.prepare(torch.zeros(self.m, self.n, self.b, dtype=self.dtype, device=device))
 
 
 BAD = [
@@ -180,7 +179,7 @@ BAD = [
     (
         "block_circ_conv_prepared",
         [of(2, 8), Prepared(2, 2, 4), 0],
-        "expected block_size >= 1, got 0",
+        "expected 1 <= block_size <= x.size(-1) = 8, got 0",
     ),
     (
         "block_circ_conv_prepared",
@@ -299,6 +298,11 @@ def test_tensors_of_another_kind_are_named_with_the_rule(odd, mode):
         with mode(), pytest.raises(RuntimeError) as raised:
             run(make(x))
         assert str(raised.value).startswith(f"c3a.{op}: expected {name} {message}")
+    if odd != "None":  # which it may be
+        with mode(), pytest.raises(RuntimeError) as raised:
+            OPS.block_circ_conv_prepared(x, w_hat, 4, make(x))
+        said = f"c3a.block_circ_conv_prepared: expected w_hat_transposed {message}"
+        assert str(raised.value).startswith(said)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
@@ -342,3 +346,45 @@ def test_out_of_memory_has_torchs_type(monkeypatch):
     monkeypatch.setattr(_private, "below_autograd", fail)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 EiB"):
         OPS.block_circ_conv(torch.ones(1, 1), torch.ones(1, 1, 1))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_out_of_memory_has_torchs_type_in_a_layer(grad, monkeypatch):
+    def fail():
+        raise RuntimeError("c3a.block_circ_conv_add_: CUDA out of memory. Tried to allocate 2 EiB.")
+
+    layer = c3a.C3ALinear(torch.nn.Linear(4, 4), 2)
+    monkeypatch.setattr(_private, "kernels_only", fail)
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 EiB"),
+    ):
+        layer(torch.ones(1, 4))
+
+
+def test_out_of_memory_has_torchs_type_in_inference_mode(monkeypatch):
+    class Failing:
+        def block_circ_conv(self, *_):
+            raise RuntimeError("c3a.block_circ_conv: CUDA out of memory. Tried to allocate 2 EiB.")
+
+    monkeypatch.setattr(c3a.ops, "_OPS", Failing())
+    with torch.inference_mode(), pytest.raises(torch.OutOfMemoryError, match="allocate 2 EiB"):
+        c3a.block_circ_conv(torch.ones(1, 1), torch.ones(1, 1, 1))
+
+
+def test_a_tensor_of_inference_mode_is_written_within_it_only():
+    with torch.inference_mode():
+        base = torch.zeros(2, 4)
+        OPS.block_circ_conv_add_(base, torch.ones(2, 4), torch.ones(1, 1, 4))
+    with pytest.raises(RuntimeError, match="c3a.block_circ_conv_add_: expected to write a tensor"):
+        OPS.block_circ_conv_add_(base, torch.ones(2, 4), torch.ones(1, 1, 4))
+    assert torch.equal(base, torch.full((2, 4), 4.0))
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 25, 2**63 - 1])
+def test_block_sizes_of_a_prepared_kernel_are_within_the_features(block_size):
+    x, w_hat = torch.ones(5, 24), torch.ops.c3a.prepare(torch.ones(2, 3, 8))
+    message = rf"expected 1 <= block_size <= x.size\(-1\) = 24, got {block_size}"
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.block_circ_conv_prepared(x.to(device), w_hat.to(device), block_size)

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -314,11 +315,18 @@ def test_a_base_that_cuts_the_graph_is_said_once(make, device, monkeypatch):
     x.requires_grad_()
     with torch.no_grad():
         layers[0](x)
-    name = type(layers[0].base_layer).__name__
+    base = layers[0].base_layer
+    name = f"{type(base).__name__} with a weight of type {type(base.weight).__name__}"
     with pytest.warns(UserWarning, match=f"gradients do not pass through .* of type {name}"):
         layers[0](x)
     layers[0](x)
     layers[1](x)
+    monkeypatch.setattr(c3a.linear, "_CUTTING_BASES", set())
+    layer = c3a.C3ALinear(nn.Linear(12, 8), 4)
+    layer(x)
+    layer.base_layer = base
+    with pytest.warns(UserWarning, match="gradients do not pass through"):
+        layer(x)
     for base in (nn.Linear(12, 8), nn.Sequential(nn.Linear(12, 8), nn.Tanh())):
         base.in_features, base.out_features = 12, 8
         c3a.C3ALinear(base, 4)(x)
@@ -433,3 +441,53 @@ def test_a_base_that_needs_its_result_has_it(device):
     before = x.clone()
     layer(x)
     assert torch.equal(x, before)
+
+
+class Given(nn.Module):
+    """A base layer that returns what it is given."""
+
+    in_features, out_features = 8, 8
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def forward(self, x):
+        return self.result()
+
+
+FOREIGN = {
+    "from_numpy": lambda memory: torch.from_numpy(memory),
+    "from_dlpack": lambda memory: torch.from_dlpack(memory),
+    "frombuffer": lambda memory: torch.frombuffer(memory, dtype=torch.float32).view(3, 8),
+    "asarray": lambda memory: torch.asarray(memory),
+}
+
+
+@pytest.mark.parametrize("way", FOREIGN)
+@pytest.mark.parametrize("grad", [True, False])
+def test_memory_that_torch_did_not_allocate_is_left_alone(grad, way):
+    memory = np.ones((3, 8), dtype=np.float32)
+    layer = c3a.C3ALinear(Given(lambda: FOREIGN[way](memory)), 4, init="gaussian")
+    with torch.set_grad_enabled(grad):
+        y = layer(torch.randn(3, 8))
+    assert (memory == 1).all()
+    assert not torch.equal(y, torch.ones(3, 8))
+
+
+STRANGE = {
+    "expanded": lambda: torch.ones(1).expand(3, 8),
+    "overlapping": lambda: torch.arange(12.0).as_strided((3, 8), (2, 1)),
+    "without memory": lambda: torch._efficientzerotensor(3, 8),
+    "by columns": lambda: torch.ones(8, 3).T,
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("grad", [True, False])
+def test_results_that_do_not_lie_one_after_the_other_are_added_onto_all_the_same(grad, kind):
+    layer = c3a.C3ALinear(Given(STRANGE[kind]), 4, init="gaussian")
+    x = torch.randn(3, 8)
+    with torch.set_grad_enabled(grad):
+        expected = STRANGE[kind]() + c3a.block_circ_conv(x, layer.c3a_kernel, layer.scale)
+        torch.testing.assert_close(layer(x), expected)

@@ -128,12 +128,20 @@ def test_what_would_lose_a_gradient_is_refused(device):
         c3a.block_circ_conv_prepared(x.requires_grad_(), w_hat, 4)
     with torch.no_grad():
         c3a.block_circ_conv_prepared(x, w_hat, 4)
-    with pytest.raises(RuntimeError, match="a prepared kernel takes no gradient, and w_hat"):
+    with pytest.raises(RuntimeError, match="takes no gradient and no tangent, and w_hat has"):
         c3a.block_circ_conv_prepared(x, w_hat.clone().requires_grad_(), 4)
     with pytest.raises(RuntimeError, match=r"c3a.prepare: a prepared kernel takes no gradient"):
         c3a.prepare(w.clone().requires_grad_())
     with pytest.raises(RuntimeError, match=r"c3a.prepare: a prepared kernel takes no gradient"):
         jvp(c3a.prepare, (w,), (w,))
+    x = x.detach()
+    for function, arguments in (
+        (lambda x, w_hat: c3a.block_circ_conv_prepared(x, w_hat, 4), (x, w_hat)),
+        (lambda w_hat: c3a.block_circ_conv_prepared(x, w_hat, 4), (w_hat,)),
+        (lambda w_hat: c3a.block_circ_conv_prepared(x, c3a.prepare(w), 4, w_hat), (w_hat,)),
+    ):
+        with pytest.raises(RuntimeError, match="takes no gradient and no tangent, and w_hat has"):
+            jvp(function, arguments, arguments)
 
 
 def test_opcheck_passes_for_the_operators_of_prepared_kernels(device):
@@ -216,7 +224,7 @@ def test_compiles_whole(dynamic, device):
 def test_a_prepared_kernel_of_other_numbers_is_refused_on_the_cpu():
     x, w = torch.randn(5, 24), torch.randn(2, 3, 8)
     w_hat = c3a.prepare(w)
-    message = "expected w_hat as c3a.prepare made it in this process for block_size = 8, got other"
+    message = "expected w_hat as c3a.prepare made it for m = 2, n = 3 and block_size = 8, got other"
     for other in (torch.zeros_like(w_hat), w_hat * 1.0 + 1, w_hat.flip(-1)):
         with pytest.raises(RuntimeError, match=message):
             c3a.block_circ_conv_prepared(x, other, 8)
@@ -224,6 +232,43 @@ def test_a_prepared_kernel_of_other_numbers_is_refused_on_the_cpu():
     assert torch.equal(
         c3a.block_circ_conv_prepared(x, copied, 8), c3a.block_circ_conv_prepared(x, w_hat, 8)
     )
+
+
+PARTS = {
+    "rows": lambda w_hat: w_hat[4:],
+    "columns": lambda w_hat: w_hat[:, 4:],
+    "the transpose": lambda w_hat: w_hat.transpose(0, 1),
+    "two in one": lambda w_hat: torch.cat([w_hat, w_hat]),
+    "other rows": lambda w_hat: w_hat.flip(0),
+}
+
+
+@pytest.mark.skipif("C3A_EMULATED" in os.environ, reason="the CPU's own kernels look at it")
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("b", [16, 17])
+def test_a_part_of_a_prepared_kernel_is_refused_on_the_cpu(part, b):
+    other = PARTS[part](c3a.prepare(torch.randn(8, 8, b)))
+    with pytest.raises(RuntimeError, match="a part of a prepared kernel|size"):
+        c3a.block_circ_conv_prepared(torch.randn(3, other.shape[1] * b), other, b)
+
+
+@pytest.mark.skipif("C3A_EMULATED" in os.environ, reason="the CPU's own kernels look at it")
+@pytest.mark.parametrize("b", [8, 17])
+def test_a_pair_of_different_origin_is_refused_on_the_cpu(b):
+    w = torch.randn(3, 3, b)
+    w_hat, w_hat_t = c3a.prepare(w), c3a.prepare(w, transposed=True)
+    x = torch.randn(2, 3 * b, requires_grad=True)
+    c3a.block_circ_conv_prepared(x, w_hat, b, w_hat_t)
+    c3a.block_circ_conv_prepared(x, w_hat_t, b, w_hat)
+    others = (
+        w_hat,
+        c3a.prepare(w, transposed=True, scale=2),
+        c3a.prepare(w + 1, transposed=True),
+        torch.zeros_like(w_hat),
+    )
+    for other in others:
+        with pytest.raises(RuntimeError, match="of one w and one scale, got tensors of different"):
+            c3a.block_circ_conv_prepared(x, w_hat, b, other)
 
 
 # The layer
@@ -302,6 +347,7 @@ CHANGES = {
     "an exchange with another tensor": lambda w: torch.utils.swap_tensors(
         w, nn.Parameter(torch.randn_like(w))
     ),
+    "a negative view": lambda w: setattr(w, "data", torch._neg_view(w.data)),
     "not a number": lambda w: w.data.__setitem__((0, 0, 0), float("nan")),
 }
 
@@ -434,12 +480,8 @@ def test_a_traced_graph_calls_the_operator_that_takes_the_kernel():
     assert not any("prepare" in str(target) for target in called)
 
 
-class OnMeta(nn.Linear):
-    """Not on the CPU, where contents cannot be compared."""
-
-
 def test_off_the_cpu_only_an_explicit_call_prepares_and_the_version_drops_it():
-    layer = c3a.C3ALinear(OnMeta(24, 16, device="meta"), 8).eval()
+    layer = c3a.C3ALinear(nn.Linear(24, 16, device="meta"), 8).eval()
     x = torch.randn(5, 24, device="meta")
     with torch.no_grad():
         assert transforms(lambda: layer(x)) == 0
@@ -451,6 +493,6 @@ def test_off_the_cpu_only_an_explicit_call_prepares_and_the_version_drops_it():
         layer(x)
         assert layer._prepared._held is None
     with torch.inference_mode():
-        layer = c3a.C3ALinear(OnMeta(24, 16, device="meta"), 8).eval()
+        layer = c3a.C3ALinear(nn.Linear(24, 16, device="meta"), 8).eval()
         with pytest.raises(RuntimeError, match="expected a kernel made outside inference mode"):
             layer.prepare()

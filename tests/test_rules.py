@@ -415,3 +415,45 @@ def test_flops_are_counted_for_every_operator(device):
     assert len(expected) == len(operators.OPERATORS)
     for function, flops in expected.items():
         assert counted(function) == flops
+
+
+def test_batches_and_tangents_are_not_rounded_below_their_results_dtype():
+    """Where an operand is bfloat16 and the result float32, as in a call without vmap."""
+    x, w, g = operands((3, 5), 2, 3, 16, dtype=torch.float32)
+    narrow_x, narrow_g = x.bfloat16(), g.bfloat16()
+    matrix = c3a.circulant(w.double())
+    exact = g.double() + narrow_x.double() @ matrix.T
+    got = vmap(OPS.block_circ_conv_add, (0, 0, None))(g, narrow_x, w)
+    assert relative_error(got, exact) < 1e-6
+    _, got = jvp(lambda x: OPS.block_circ_conv_add(g, x, w), (narrow_x,), (narrow_x,))
+    assert relative_error(got, narrow_x.double() @ matrix.T) < 1e-6
+    dx, _ = vmap(OPS.block_circ_conv_backward, (0, 0, None))(narrow_g, x, w)
+    assert relative_error(dx, narrow_g.double() @ matrix) < 1e-6
+
+
+def test_a_gradient_that_does_not_arrive_is_none():
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, h):
+            return None
+
+        @staticmethod
+        def jvp(ctx, x_dot):
+            return x_dot.clone()
+
+    x, w, base = operands((3,), 2, 3, 4)
+    x.requires_grad_()
+    for op, arguments in ((OPS.block_circ_conv, ()), (OPS.block_circ_conv_add, (base,))):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            y = Silent.apply(op(*arguments, dual, w)).sum() + dual.sum()
+            (dx,) = torch.autograd.grad(y, x)
+        assert torch.equal(dx, torch.ones_like(x))

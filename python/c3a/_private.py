@@ -46,6 +46,8 @@ __all__ = [
     "kernels_only",
     "privateuse1_device_type",
     "recorded_at_one_level",
+    "schema",
+    "version",
 ]
 
 # An Autograd kernel of one's own: the public way (register_autograd) has no forward mode and
@@ -110,6 +112,16 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
+def version(t: Tensor) -> int:
+    """Return autograd's count of writes to a tensor."""
+    return t._version
+
+
+def schema(op):
+    """Return an operator's schema."""
+    return op._schema
+
+
 def _owners(t: Tensor) -> tuple[int, ...]:
     """Count who refers to a tensor, the one it is a view of, and their memory."""
     memory, of_base = t.untyped_storage(), ()
@@ -142,7 +154,13 @@ _ALONE = frozenset(_owners_of_new_tensors())
 def is_sole_owner(t: Tensor) -> bool:
     """Return whether nothing but one variable of the caller's refers to a tensor or its memory.
 
-    No hook, mode, module, view, saved tensor or array has it then, so writing into it is seen by
-    nobody.
+    No hook, mode, module, view or saved tensor has it then, so writing into it is seen by nobody.
+    Memory that torch did not allocate (an array's, which others may hold) cannot be resized, and
+    counts as somebody else's; so do results whose elements do not lie one after the other.
     """
-    return _owners(t) in _ALONE
+    return (
+        t.is_contiguous()
+        and not t._is_zerotensor()
+        and t.untyped_storage().resizable()
+        and _owners(t) in _ALONE
+    )

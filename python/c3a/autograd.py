@@ -17,7 +17,7 @@ A *product* here is an operator with its derivative: ``save`` names what the der
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -84,10 +84,11 @@ class Prepared:
         """Raise where a gradient would be lost."""
         x, *_, w_hat_transposed = args
         name = f"c3a.{self.op.name().removeprefix('c3a::')}"
-        if any(t is not None and t.requires_grad for t in (args[1], w_hat_transposed)):
+        prepared = [t for t in (args[1], w_hat_transposed) if t is not None]
+        if any(t.requires_grad for t in prepared) or _private.has_tangent(*prepared):
             raise RuntimeError(
-                f"{name}: a prepared kernel takes no gradient, and w_hat requires one; call "
-                "c3a.block_circ_conv(x, w), which differentiates in w"
+                f"{name}: a prepared kernel takes no gradient and no tangent, and w_hat has one; "
+                "call c3a.block_circ_conv(x, w), which differentiates in w"
             )
         if x.requires_grad and w_hat_transposed is None:
             raise RuntimeError(
@@ -126,15 +127,10 @@ def _vjp_kernel_grad(v, g, x, wanted, saved):
     of_g, of_x = saved.dtypes
     dg = dx = None
     if wanted[0]:
-        dg = _OPS.block_circ_conv(_widened(x, of_g), v, saved.scale).to(of_g)
+        dg = _OPS.block_circ_conv(shapes.widened(x, of_g), v, saved.scale).to(of_g)
     if wanted[1]:
-        dx = _OPS.block_circ_conv_input_grad(_widened(g, of_x), v, saved.scale).to(of_x)
+        dx = _OPS.block_circ_conv_input_grad(shapes.widened(g, of_x), v, saved.scale).to(of_x)
     return dg, dx
-
-
-def _widened(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a factor in a dtype in which the result is not rounded below ``dtype`` on the way."""
-    return t.to(torch.promote_types(t.dtype, dtype))
 
 
 def _kernel_grad(g, x, saved):
@@ -182,9 +178,14 @@ def _forward(ctx, product, first: int, call: _Call, args: tuple) -> Tensor:
         return call.compute(*args)
 
 
-def _tangents(ctx, product, dots: tuple) -> list[Tensor]:
+def _tangents(ctx, product, dots: tuple, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Return the terms of the result's tangent, ``dtype`` at least."""
     pairs = zip(ctx.saved_tensors, ctx.constants, strict=True)
-    return product.tangents([c if t is None else t for t, c in pairs], *dots)
+    args = [c if t is None else t for t, c in pairs]
+    if dtype is not None:
+        args[0] = shapes.widened(args[0], dtype)
+        dots = (None if dots[0] is None else shapes.widened(dots[0], dtype), *dots[1:])
+    return product.tangents(args, *dots)
 
 
 def _without_autocast(device_type: str):
@@ -201,6 +202,8 @@ def _product_node(name: str, product) -> type:
         return _forward(ctx, product, 0, call, args)
 
     def backward(ctx, h):
+        if h is None:  # no gradient arrived, which only a node with tangents is told
+            return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[1:3]
         with _without_autocast(h.device.type):
             grads = product.gradients(h, ctx.saved_tensors, ctx.saved, wanted)
@@ -222,12 +225,14 @@ def _sum_node(name: str, product) -> type:
         return _forward(ctx, product, 1, call, (base, *args))
 
     def backward(ctx, h):
+        if h is None:
+            return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[2:4]
         dx, dw = None, None
         if any(wanted):
             with _without_autocast(h.device.type):
                 # A gradient of x wider than h is not rounded to h's dtype on the way.
-                g = _widened(h, ctx.of_x)
+                g = shapes.widened(h, ctx.of_x)
                 dx, dw = product.gradients(g, ctx.saved_tensors, ctx.saved, wanted)
                 dx = None if dx is None else dx.to(ctx.of_x)
         rest = (None for _ in ctx.needs_input_grad[4:])
@@ -235,7 +240,8 @@ def _sum_node(name: str, product) -> type:
 
     def jvp(ctx, _call, base_dot, *dots):
         terms = [] if base_dot is None else [base_dot]
-        terms += [term.to(ctx.of_base) for term in _tangents(ctx, product, dots)]
+        # Not rounded below the sum's dtype on the way.
+        terms += [term.to(ctx.of_base) for term in _tangents(ctx, product, dots, ctx.of_base)]
         return sum(terms[1:], terms[0])
 
     functions = {"forward": forward, "backward": backward, "jvp": jvp}
@@ -245,15 +251,24 @@ def _sum_node(name: str, product) -> type:
 # Kernels for the dispatcher's Autograd key
 
 
+def typed_errors(function: Callable) -> Callable:
+    """Make out of memory torch's own exception, whose type is lost in a C interface."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if "out of memory" in str(error) and type(error) is RuntimeError:
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
+
+    return call
+
+
+@typed_errors
 def _compute(op, keyset, *args):
-    """Compute below autograd, where out of memory is torch's own exception."""
-    try:
-        return _private.below_autograd(op, keyset, *args)
-    except RuntimeError as error:
-        # It has crossed a C interface, which loses its type.
-        if "out of memory" in str(error) and type(error) is RuntimeError:
-            raise torch.OutOfMemoryError(str(error)) from None
-        raise
+    return _private.below_autograd(op, keyset, *args)
 
 
 def _needs_graph(*args) -> bool:
@@ -317,7 +332,7 @@ def pair_rule(op) -> Callable:
     def kernel(keyset, g, x, w, scale=1.0):
         check((g, x, w))
         if _needs_graph(g, x, w) or _private.has_tangent(g, x, w):
-            dx = _OPS.block_circ_conv_input_grad(_widened(g, x.dtype), w, scale).to(x.dtype)
+            dx = _OPS.block_circ_conv_input_grad(shapes.widened(g, x.dtype), w, scale).to(x.dtype)
             return dx, _OPS.block_circ_conv_kernel_grad(g, x, w.shape[-1], w.dtype, scale)
         return _compute(op, keyset, g, x, w, scale)
 
@@ -345,6 +360,7 @@ def prepare_rule(op) -> Callable:
 
 
 def _in_place(operator) -> Callable:
+    @typed_errors
     def compute(base, *args):
         out = base.detach()  # the same memory as a tensor of its own: to autograd, a new result
         with _private.kernels_only():

@@ -100,8 +100,8 @@ class C3ALinear(nn.Module):
         )
         self._enabled = True
         self._prepared = PreparedKernel()
-        # Whether it was looked at if the base layer passes gradients on, which is done once.
-        self._gradient_was_seen = False
+        # The base layer that was looked at for passing gradients on, which is done once.
+        self._passing_base: int | None = None
         # While merged, the one weight that the base layer does not use now: the original if
         # enabled, else the merged one. In a list, lest nn.Module registers it.
         self._set_aside: list[nn.Parameter] = []
@@ -133,9 +133,11 @@ class C3ALinear(nn.Module):
             return y
         kernel, scale = self.c3a_kernel, self.scale
         is_plain = _private.is_plain(y, x, kernel)
-        if not self._gradient_was_seen and is_plain and x.requires_grad and torch.is_grad_enabled():
-            self._gradient_was_seen = True
-            _warn_of_a_cut_graph(self.base_layer, x, y)
+        if is_plain and x.requires_grad and torch.is_grad_enabled():
+            base = self.base_layer
+            if self._passing_base != id(base):
+                self._passing_base = id(base)
+                _warn_of_a_cut_graph(base, x, y)
         more_in, more_out = self._pad
         x = F.pad(x, (0, more_in)) if more_in else x
         prepared = self._prepared_for(kernel, x, y) if is_plain else None
@@ -304,16 +306,21 @@ def _merge_after_load(layer: C3ALinear, _incompatible_keys) -> None:
         layer.merge()
 
 
-_CUTTING_BASES: set[type] = set()
+_CUTTING_BASES: set[str] = set()
 
 
 def _warn_of_a_cut_graph(base: nn.Module, x: Tensor, y: Tensor) -> None:
     """Say once for each kind of base layer that gradients do not pass through it."""
-    if type(base) in _CUTTING_BASES or _passes_gradients(x, y):
+    if _passes_gradients(x, y):
         return
-    _CUTTING_BASES.add(type(base))
+    # Some ways of quantising keep the layer's class and change that of its weight.
+    weight = getattr(base, "weight", None)
+    kind = f"{type(base).__name__} with a weight of type {type(weight).__name__}"
+    if kind in _CUTTING_BASES:
+        return
+    _CUTTING_BASES.add(kind)
     warnings.warn(
-        f"c3a: gradients do not pass through a base layer of type {type(base).__name__}, as with "
+        f"c3a: gradients do not pass through a base layer of type {kind}, as with "
         "dynamically quantised layers: no path of the graph leads from its result to its input. "
         "What lies below gets the adapter's share of the gradient only, which is wrong by the base "
         "layer's. Train with a base layer that differentiates (weight-only quantisation does), or "

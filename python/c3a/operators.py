@@ -162,6 +162,11 @@ def _version_rule(op) -> Callable:
     """Count a write in place, by which autograd finds saved tensors that were changed."""
 
     def kernel(keyset, base, *args):
+        if base is not None and base.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"c3a.{op.name().removeprefix('c3a::')}: expected to write a tensor of inference "
+                "mode within inference mode only; call base.clone() first"
+            )
         _private.below_version_counting(op, keyset, base, *args)
         torch.autograd.graph.increment_version(base)
 

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from . import operators  # noqa: F401  (their rules, without which they have no gradients)
+from .autograd import typed_errors
 
 _OPS = torch.ops.c3a
 
 
+@typed_errors
 def block_circ_conv(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     """Multiply every token by a block-circulant matrix.
 
@@ -40,6 +42,7 @@ def block_circ_conv(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     return _OPS.block_circ_conv(x, w, scale)
 
 
+@typed_errors
 def block_circ_conv_add(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     """Return ``base + block_circ_conv(x, w, scale)`` in one pass over the activations.
 
@@ -69,6 +72,7 @@ def block_circ_conv_add(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) 
     return _OPS.block_circ_conv_add(base, x, w, scale)
 
 
+@typed_errors
 def prepare(
     w: Tensor,
     dtype: torch.dtype | None = None,
@@ -102,6 +106,7 @@ def prepare(
     return _OPS.prepare(w, dtype, transposed, scale)
 
 
+@typed_errors
 def block_circ_conv_prepared(
     x: Tensor, w_hat: Tensor, block_size: int, w_hat_transposed: Tensor | None = None
 ) -> Tensor:
@@ -139,6 +144,7 @@ def block_circ_conv_prepared(
     return _OPS.block_circ_conv_prepared(x, w_hat, block_size, w_hat_transposed)
 
 
+@typed_errors
 def block_circ_conv_prepared_add(
     base: Tensor,
     x: Tensor,

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _private
+
 _OPS = torch.ops.c3a
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -48,7 +50,7 @@ class PreparedKernel:
                 f"one counts no writes, and on {w.device} nothing else tells when it changes"
             )
         with self._lock:
-            self._held = _prepared(w.detach(), scale, dtype, transposed=False)
+            self._held = _prepared(_plain(w), scale, dtype, transposed=False)
 
     def get(
         self, w: Tensor, scale: float, dtype: torch.dtype, transposed: bool
@@ -57,35 +59,52 @@ class PreparedKernel:
 
         ``dtype`` is what sums run in; the second is None unless ``transposed``.
         """
-        held, w = self._held, w.detach()  # w as it is now, whatever becomes of the parameter
-        if held is None and w.device.type != "cpu":
-            return None
-        if not _is_current(held, w, scale, dtype, transposed):
+        held, w = self._held, _plain(w)
+        if w.device.type != "cpu":
+            if held is None:
+                return None
+            if not _is_current(held, w, scale):
+                self._forget(held)
+                return None
+            if not _serves(held, dtype, transposed):
+                return None
+        elif not _serves(held, dtype, transposed) or not _is_current(held, w, scale):
             with self._lock:
                 held = self._held  # another thread may have prepared it meanwhile
-                if not _is_current(held, w, scale, dtype, transposed):
-                    if w.device.type != "cpu" and not _is_current(held, w, scale, dtype, False):
-                        self._held = None
-                        return None
+                if not _serves(held, dtype, transposed) or not _is_current(held, w, scale):
                     held = self._held = _prepared(w, scale, dtype, transposed)
         return held.w_hat, held.w_hat_transposed
 
+    def _forget(self, held: _Held) -> None:
+        with self._lock:
+            if self._held is held:
+                self._held = None
 
-def _source(w: Tensor, scale: float, dtype: torch.dtype) -> tuple:
-    facts = (w.shape, w.dtype, w.device, scale, dtype)
+
+def _plain(w: Tensor) -> Tensor:
+    """Return the kernel's numbers as they are now, whatever becomes of the parameter."""
+    w = w.detach()
+    return w.resolve_neg() if w.is_neg() else w
+
+
+def _source(w: Tensor, scale: float) -> tuple:
+    source = (w.shape, w.dtype, w.device, scale)
     if w.device.type == "cpu":
-        return facts
-    return (*facts, w.data_ptr(), w.stride(), w._version)
+        return source
+    return (*source, w.data_ptr(), w.stride(), _private.version(w))
 
 
-def _is_current(
-    held: _Held | None, w: Tensor, scale: float, dtype: torch.dtype, transposed: bool
-) -> bool:
+def _serves(held: _Held | None, dtype: torch.dtype, transposed: bool) -> bool:
     return (
         held is not None
-        and held.source == _source(w, scale, dtype)
+        and held.w_hat.dtype == dtype
         and (held.w_hat_transposed is not None or not transposed)
-        and (held.copy is None or _same_bits(held.copy, w.contiguous()))
+    )
+
+
+def _is_current(held: _Held, w: Tensor, scale: float) -> bool:
+    return held.source == _source(w, scale) and (
+        held.copy is None or _same_bits(held.copy, w.contiguous())
     )
 
 
@@ -96,7 +115,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def _prepared(w: Tensor, scale: float, dtype: torch.dtype, transposed: bool) -> _Held:
-    source, copy = _source(w, scale, dtype), None
+    source, copy = _source(w, scale), None
     if w.device.type == "cpu":
         w = copy = w.clone(memory_format=torch.contiguous_format)
     w_hat = _OPS.prepare(w, dtype, False, scale)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import _private
+
 SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PREPARED_ROOM = 32
 
@@ -20,6 +22,11 @@ def prepared_length(m: int, n: int, b: int, device: torch.device) -> int:
 
 def sums_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def widened(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a factor in a dtype in which the result is not rounded below ``dtype`` on the way."""
+    return t.to(torch.promote_types(t.dtype, dtype))
 
 
 def _check(op: str, holds, message: Callable[[], str]) -> None:
@@ -42,15 +49,21 @@ def argument_check(op) -> Callable[[tuple], None]:
     expanded tensors where they are written.
     """
     name = op.name().removeprefix("c3a::")
-    arguments = list(enumerate(op._schema.arguments))
-    tensors = [(place, a.name) for place, a in arguments if a.type.kind() == "TensorType"]
+    arguments = list(enumerate(_private.schema(op).arguments))
+    tensors = [
+        (place, a.name, str(a.type).startswith("Optional"))
+        for place, a in arguments
+        if str(a.type) in ("Tensor", "Optional[Tensor]")
+    ]
     dtypes = [place for place, a in arguments if a.name == "dtype"]
     written = [place for place, a in arguments if a.alias_info and a.alias_info.is_write]
 
     def check(args: tuple) -> None:
-        for place, argument in tensors:
-            t = args[place]
+        for place, argument, is_optional in tensors:
+            t = args[place] if place < len(args) else None
             if t is None:
+                if is_optional:
+                    continue
                 raise RuntimeError(f"c3a.{name}: expected {argument} to be a tensor, got None")
             if t.is_nested:
                 raise RuntimeError(
@@ -155,7 +168,6 @@ def _check_prepared(op: str, name: str, w_hat: Tensor, b: int) -> None:
             f"{_name(w_hat.dtype)}"
         ),
     )
-    _check(op, b >= 1, lambda: f"expected block_size >= 1, got {b}")
     blocks = w_hat.dim() == 3 and w_hat.shape[0] >= 1 and w_hat.shape[1] >= 1
     expected = f"a prepared kernel {name} of shape (m, n, numbers)"
     _check(op, blocks, lambda: f"expected {expected}, got {_text(w_hat.shape)}")
@@ -173,9 +185,13 @@ def _check_prepared(op: str, name: str, w_hat: Tensor, b: int) -> None:
 def _check_product(op: str, x: Tensor, w_hat: Tensor, b: int, w_hat_transposed: Tensor | None):
     """Check activations and a prepared kernel; return the result's features."""
     _check_numbers(op, "x", x)
+    _check_tokens(op, "x", x)
+    features = x.shape[-1]
+    rule = "1 <= block_size <= x.size(-1)"
+    right = b >= 1 and (b == 1 or b <= features)
+    _check(op, right, lambda: f"expected {rule} = {features}, got {b}")
     _check_prepared(op, "w_hat", w_hat, b)
     _check_same_device(op, "x", x, "w_hat", w_hat)
-    _check_tokens(op, "x", x)
     m, n, _ = w_hat.shape
     _check(
         op,

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from .shapes import widened
+
 _OPS = torch.ops.c3a
 
 
@@ -93,7 +95,9 @@ def summed(product_rule: Callable) -> Callable:
     """Return the rule of ``base`` plus a product."""
 
     def rule(info, in_dims, base, *args):
-        y, y_dim = product_rule(info, in_dims[1:], *args)
+        x, *rest = args
+        # The product is not rounded below the sum's dtype on the way.
+        y, y_dim = product_rule(info, in_dims[1:], widened(x, base.dtype), *rest)
         base = base if in_dims[0] is None else base.movedim(in_dims[0], 0)
         y = y if y_dim is None else y.movedim(y_dim, 0)
         return (base + y).to(base.dtype), 0
@@ -121,7 +125,7 @@ def pair(input_grad_rule: Callable, kernel_grad_rule: Callable) -> Callable:
         # The last dimension of one kernel, wherever the batch of kernels has its own.
         block_size = w.shape[-2 if w_dim == w.dim() - 1 else -1]
         of_both = (g_dim, w_dim, None)
-        dx, dx_dim = input_grad_rule(info, of_both, g, w, scale)
+        dx, dx_dim = input_grad_rule(info, of_both, widened(g, x.dtype), w, scale)
         of_both = (g_dim, x_dim, None, None, None)
         dw, dw_dim = kernel_grad_rule(info, of_both, g, x, block_size, w.dtype, scale)
         return (dx.to(x.dtype), dw), (dx_dim, dw_dim)
