@@ -188,7 +188,7 @@ def edit_tensors(draw: Draw, folder: Path) -> None:
         kind = draw.randrange(6)
         if kind == 0:
             dtype = draw.choice(DTYPES)
-            tensors[key] = tensor.to(dtype)
+            tensors[key] = (tensor.real if tensor.is_complex() else tensor).to(dtype)
             draw.note(f"{key} {dtype}")
         elif kind == 1:
             shape = [draw.choice((0, 1, *tensor.shape)) for _ in range(draw.randrange(5))]

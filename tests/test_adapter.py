@@ -586,9 +586,15 @@ HOSTILE = {
         lambda f, t: edit_tensors(f, t, lambda t: t.update({BIAS: t[BIAS].to(torch.complex64)})),
         rf"{BIAS}: expected dtype torch.float32, got torch.complex64",
     ),
+    "a dtype that is none": (
+        lambda f, t: (f / adapter.WEIGHTS).write_bytes(
+            (f / adapter.WEIGHTS).read_bytes().replace(b'"F32"', b'"\x7f32"', 1)
+        ),
+        r"is not a whole safetensors file: .*\\x7f32",
+    ),
     "a key of two lines": (
         lambda f, t: edit_tensors(f, t, lambda t: t.update({"a\nb": t[BIAS].clone()})),
-        r"unknown: 'a\\nb'",
+        r"unknown: a\\nb$",
     ),
 }
 

@@ -24,7 +24,6 @@ from .adapter_files import (
     Adapter,
     kernel_key,
     kernels,
-    plain,
     read,
     read_adapter,
     read_config,
@@ -429,8 +428,8 @@ def _check_tensors(
     }
     shapes |= {key: tuple(tensor.shape) for key, tensor in heads.items()}
     tensors = adapter.tensors
-    problems = [f"missing: {plain(key)}" for key in shapes if key not in tensors]
-    problems += [f"unknown: {plain(key)}" for key in tensors if key not in shapes]
+    problems = [f"missing: {key}" for key in shapes if key not in tensors]
+    problems += [f"unknown: {key}" for key in tensors if key not in shapes]
     problems += [
         f"{key}: expected shape {shape}, got {tuple(tensors[key].shape)}"
         for key, shape in shapes.items()

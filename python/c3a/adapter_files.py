@@ -28,6 +28,7 @@ _WITHIN = "c3a_config"
 _REPLACED = "c3a_replaced"
 _KERNEL = ".c3a_kernel"
 _MOST_BYTES = 16 * 2**20  # of a configuration
+_MOST_SAID = 2000  # characters of a message
 
 
 class Adapter(NamedTuple):
@@ -88,13 +89,21 @@ _KEYS: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 @contextmanager
 def said_by(who: str) -> Iterator[None]:
-    """Put who it is, or what it is about, before the messages of errors."""
+    """Put who it is, or what it is about, before the messages of errors, and keep each a line.
+
+    They may quote what a file holds.
+    """
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{who}: {error}") from None
+        raise FileNotFoundError(_line(f"{who}: {error}")) from None
     except ValueError as error:
-        raise ValueError(f"{who}: {error}") from None
+        raise ValueError(_line(f"{who}: {error}")) from None
+
+
+def _line(text: str) -> str:
+    characters = (c if c.isprintable() else repr(c)[1:-1] for c in text[:_MOST_SAID])
+    return "".join(characters) + ("..." if len(text) > _MOST_SAID else "")
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -128,11 +137,6 @@ def kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def kernel_key(layer: str) -> str:
     """Return the key of a layer's kernel."""
     return f"{PREFIX}{layer}{_KERNEL}"
-
-
-def plain(key: str) -> str:
-    """Return a tensor's key as it can stand in a message."""
-    return key if key.isprintable() and len(key) <= 200 else shown(key)
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: Mapping) -> None:
@@ -225,9 +229,9 @@ def _read_weights(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         if tensor.dtype not in SUPPORTED_DTYPES:
             dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
             got = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {plain(key)}: expected one of {dtypes}, got {got}")
+            raise ValueError(f"{path}: {key}: expected one of {dtypes}, got {got}")
         if tensor.ndim != 3 or tensor.numel() == 0:
             raise ValueError(
-                f"{path}: {plain(key)}: expected a shape (m, n, b), got {tuple(tensor.shape)}"
+                f"{path}: {key}: expected a shape (m, n, b), got {tuple(tensor.shape)}"
             )
     return metadata, tensors
