@@ -135,7 +135,7 @@ def layer_numbers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, in
     if patterns and not all(re.fullmatch(r"\w+", pattern) for pattern in patterns):
         numbered = [rf"(?:.*?\.)?{pattern}\.(?P<index>\d+)\..*" for pattern in patterns]
         found = _first_matches(numbered, names)
-        return {names[place]: int(index) for place, (_, index) in found.items()}
+        return {names[place]: int(index) for place, (_, index) in found.items() if index}
     numbers: dict[str, int] = {}
     for name in names:
         parts = name.split(".")
