@@ -37,7 +37,7 @@ help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
 	@echo "make test       set up, then check formatting and run every test"
 	@echo "make levels     the tests at the CPU's other instruction sets (after make test)"
-	@echo "make fuzz       compare random calls with the definition, and 8 threads at once (after make test)"
+	@echo "make fuzz       random calls, 8 threads at once, damaged files, killed saves (after make test)"
 	@echo "make sanitize   the CPU kernels' tests under AddressSanitizer and UBSan (after make test)"
 	@echo "make emulated   the CUDA sources' tests without a GPU, plain and sanitized (after make test)"
 	@echo "make mutants    break the CUDA sources in many places: do those tests notice? (after make test)"
@@ -76,6 +76,8 @@ fuzz:
 	for level in x86-64-v4 x86-64-v3 x86-64-v2 aten; do \
 		C3A_CPU_LEVEL=$$level $(PY) tests/fuzz.py --seconds $(SECONDS) --seed $(SEED) || exit 1; done
 	$(PY) tests/stress.py --seconds $(SECONDS)
+	$(PY) tests/fuzz_files.py --seconds $(SECONDS) --seed $(SEED)
+	$(PY) tests/kill_saves.py --kills 500 --seed $(SEED)
 
 SANITIZED := build/sanitized
 WATCHED = $(call PACKAGE_OF,$(SANITIZED)) $(ADDRESS) $(PYTEST_THERE)

@@ -1,39 +1,59 @@
-"""Adapters on disk, in the PEFT library's format: ``adapter_model.safetensors`` (keys
-``base_model.model.<layer>.c3a_kernel``, and the ``modules_to_save`` beside them) and
-``adapter_config.json`` with ``peft_type: "C3A"``.
+"""Saving a patched model's adapter and loading one: what a model and an adapter's folder mean.
 
-That format has no scale: it is ``1 / in_features``. A layer's own scale is multiplied into the
-kernel that is stored.
+The folder is in the PEFT library's format: keys ``base_model.model.<layer>.c3a_kernel``, and the
+``modules_to_save`` beside them. That format has no scale: it is ``1 / in_features``. A layer's own
+scale is multiplied into the kernel that is stored.
 """
 
-import json
+import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import reduce
+from itertools import accumulate
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import replacing
+from .adapter_files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    Adapter,
+    kernel_key,
+    kernels,
+    read,
+    read_adapter,
+    read_config,
+    read_tensors,
+    said_by,
+    write,
+)
 from .linear import C3ALinear
+from .names import ends, first_keys, fully_matched, layer_numbers, matches, shown
 from .patch import (
     PatchPlan,
     adapted_layers,
     apply_patch,
-    block_size_from_pattern,
-    matches,
     modules_to_save,
     plan_patch,
     unwrapped,
 )
 from .sizes import features, kernel_shape
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Adapter",
+    "kernels",
+    "load_adapter",
+    "read_adapter",
+    "read_config",
+    "read_tensors",
+    "save_adapter",
+]
 _INIT_WEIGHTS = {"zeros": True}  # PEFT's name for it; the others are the same
 
 
@@ -41,10 +61,12 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     """Write a patched model's adapter in PEFT's format.
 
     ``peft.PeftModel.from_pretrained(base_model, folder)`` and ``c3a.load_adapter`` read it, with
-    equal outputs. Each of the two files is written whole or not at all.
+    equal outputs. To ``c3a.load_adapter`` a folder holds the old adapter or the new one at any
+    moment, also where the process is killed; to PEFT each of the two files does.
 
     Args:
-        model: a model that ``patch_model`` or ``C3ALinear`` has adapted.
+        model: a model that ``patch_model`` or ``C3ALinear`` has adapted. What accelerate has
+            offloaded is read from where it is.
         folder: created if need be.
         task_type: for the configuration, such as ``"SEQ_CLS"`` or ``"CAUSAL_LM"``.
 
@@ -52,47 +74,43 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
         The folder.
 
     Raises:
-        ValueError: the model has no adapted layer, or layers that are wrapped twice.
+        ValueError: the model has no adapted layer, layers that are wrapped twice, PEFT's adapters,
+            tensors on the meta device without values anywhere, or a scale that the stored kernel
+            has no room for.
+
+    Warns of what is trainable and not saved, and of layers that PEFT cannot adapt.
     """
-    model = unwrapped(model)
-    layers = adapted_layers(model)
-    if not layers:
-        raise ValueError("c3a.save_adapter: the model has no C3ALinear layer; patch it first")
-    nested = [
-        name
-        for name, layer in layers.items()
-        if any(isinstance(part, C3ALinear) for part in layer.base_layer.modules())
-    ]
-    if nested:
-        raise ValueError(
-            f"c3a.save_adapter: the format holds one adapter a layer; {nested[0]} has several"
-        )
-    saved = modules_to_save(model)
-    tensors = {
-        f"{_PREFIX}{name}.c3a_kernel": _to_stored(layer.c3a_kernel.detach(), layer)
-        for name, layer in layers.items()
-    }
-    for name in saved:
-        for key, tensor in model.get_submodule(name).state_dict().items():
-            tensors[f"{_PREFIX}{name}.{key}"] = tensor
-    left_out = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and f"{_PREFIX}{name}" not in tensors
-    ]
-    if left_out:
-        warnings.warn(
-            f"c3a.save_adapter: not saved, though trainable: {', '.join(left_out[:5])}"
-            f"{', ...' if len(left_out) > 5 else ''}; name their modules in modules_to_save",
-            stacklevel=2,
-        )
-    # Clones: safetensors takes no memory that two tensors share.
-    tensors = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
-    config = json.dumps(_config_of(model, layers, saved, task_type), indent=2, sort_keys=True)
-    folder = Path(folder)
-    with replacing(folder / WEIGHTS, folder / CONFIG) as (weights, configuration):
-        save_file(tensors, weights, metadata={"format": "pt"})
-        configuration.write_text(config + "\n", encoding="utf-8")
+    model, folder = unwrapped(model), Path(folder)
+    with said_by("c3a.save_adapter"):
+        layers = adapted_layers(model)
+        if not layers:
+            raise ValueError("the model has no C3ALinear layer; patch it first")
+        if name := _peft_layer(model):
+            raise ValueError(
+                f"the model holds the PEFT library's adapters ({name} is one of its layers), which "
+                "are not saved here: take them out with PEFT's model.unload() first"
+            )
+        nested = [
+            name
+            for name, layer in layers.items()
+            if any(isinstance(part, C3ALinear) for part in layer.base_layer.modules())
+        ]
+        if nested:
+            raise ValueError(f"the format holds one adapter a layer; {nested[0]} has several")
+        saved = modules_to_save(model)
+        # Copies: safetensors takes no memory that two tensors share.
+        tensors: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            with _onloaded(name, [layer], lambda layer=layer: [layer.c3a_kernel]):
+                tensors[kernel_key(name)] = _to_stored(name, layer).cpu().contiguous().clone()
+        for name in saved:
+            module = model.get_submodule(name)
+            with _onloaded(name, module.modules(), lambda module=module: _state(module).values()):
+                for key, tensor in _state(module).items():
+                    tensors[f"{PREFIX}{name}.{key}"] = tensor.cpu().contiguous().clone()
+        config = _config_of(model, layers, saved, task_type)
+    _warn_of_what_is_left_out(model, layers, tensors)
+    write(folder, tensors, config)
     return folder
 
 
@@ -100,7 +118,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load an adapter that ``save_adapter`` or the PEFT library wrote.
 
     A model that is not patched yet is patched from the adapter's configuration first. Everything is
-    checked before anything changes. Reads safetensors only, from a local folder.
+    checked before anything changes. Reads safetensors only, from a local folder; regular
+    expressions of its configuration get seconds.
 
     Args:
         model: the base model, or one patched with the same layers and block sizes.
@@ -111,85 +130,139 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
-        ValueError: another kind of adapter, keys that are missing or unknown, shapes that differ,
-            or an adapter for another model; the message names them. The model is then as it was.
+        ValueError: another kind of adapter, keys that are missing or unknown, shapes or dtypes that
+            differ, an adapter for another model, or a model that cannot take one: merged, on the
+            meta device, or with PEFT's adapters; the message names file and key. The model is then
+            as it was.
+
+    Warns of kernels that are not finite.
     """
     inner = unwrapped(model)
-    folder = Path(folder)
-    config = read_config(folder)
-    tensors = read_tensors(folder)
-    layers = adapted_layers(inner)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("c3a.load_adapter: the model is merged; call c3a.unmerge first")
-    plan = None if layers else _plan_of(inner, config)
-    shapes = _expected_shapes(inner, layers, plan)
-    _check_tensors(tensors, shapes, folder)
-    if plan:
-        dtype = next(iter(kernels(tensors).values())).dtype
-        apply_patch(inner, plan, dtype=dtype, pad=True)
+    with said_by("c3a.load_adapter"):
+        if name := _peft_layer(inner):
+            raise ValueError(
+                f"the model holds the PEFT library's adapters ({name} is one of its layers): load "
+                "another with PEFT's model.load_adapter(folder, name), or take them out with "
+                "PEFT's model.unload() and load into the model that it returns"
+            )
+        adapter = read(Path(folder))
         layers = adapted_layers(inner)
+        if any(layer.merged for layer in layers.values()):
+            raise ValueError("the model is merged; call c3a.unmerge first")
+        plan = None if layers else _plan_of(inner, adapter)
+        _check_tensors(inner, layers, plan, adapter)
+        _check_has_values(inner, layers, plan)
+    if plan:
+        dtypes = [kernel.dtype for kernel in adapter.kernels.values()]
+        apply_patch(inner, plan, dtype=reduce(torch.promote_types, dtypes), pad=True)
+        layers = adapted_layers(inner)
+    odd = []
     with torch.no_grad():
         for name, layer in layers.items():
-            stored = tensors.pop(f"{_PREFIX}{name}.c3a_kernel")
-            layer.c3a_kernel.copy_(_from_stored(stored, layer))
+            layer.c3a_kernel.copy_(_from_stored(adapter.tensors.pop(kernel_key(name)), layer))
+            if not layer.c3a_kernel.isfinite().all():
+                odd.append(name)
         state = inner.state_dict(keep_vars=True)
-        for key, tensor in tensors.items():
-            state[key.removeprefix(_PREFIX)].copy_(tensor)
+        for key, tensor in adapter.tensors.items():
+            state[key.removeprefix(PREFIX)].copy_(tensor)
+    if odd:
+        warnings.warn(
+            f"c3a.load_adapter: {adapter.weights_path} has kernels that are not finite: "
+            f"{_some(odd)}",
+            stacklevel=2,
+        )
     return model
 
 
-def read_config(folder: Path) -> dict:
-    """Read and check ``adapter_config.json``; ValueError unless it is a C3A adapter's."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"c3a: no {CONFIG} in {folder} (adapters are read from local folders; nothing is "
-            "fetched)"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"c3a: {path} is not JSON: {error}") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "C3A":
-        raise ValueError(f'c3a: expected "peft_type": "C3A" in {path}, got {kind!r}')
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"c3a: {path} has bias={config['bias']!r}; only 'none' can be loaded")
-    return config
+def _peft_layer(model: nn.Module) -> str | None:
+    """Return the name of a layer that the PEFT library has put into a model."""
+    has = (name for name, part in model.named_modules() if hasattr(part, "adapter_layer_names"))
+    return next(has, None)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read ``adapter_model.safetensors`` onto the CPU."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        hint = "; adapter_model.bin is a pickle, which is never read" if pickled else ""
-        raise FileNotFoundError(f"c3a: no {WEIGHTS} in {folder}{hint}")
-    try:
-        return load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"c3a: {path} is not a whole safetensors file: {error}") from None
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {key: t.detach() for key, t in module.state_dict().items() if isinstance(t, Tensor)}
 
 
-def kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the kernels of an adapter file by layer, as stored (scale ``1 / in_features``)."""
-    return {
-        key.removeprefix(_PREFIX).removesuffix(".c3a_kernel"): tensor
-        for key, tensor in tensors.items()
-        if key.endswith(".c3a_kernel")
-    }
+@contextmanager
+def _onloaded(name: str, parts: Iterable[nn.Module], tensors) -> Iterator[None]:
+    """Within the block, what accelerate has offloaded from some modules has its values."""
+    with ExitStack() as stack:
+        if any(tensor.is_meta for tensor in tensors()):
+            for part in parts:
+                if hasattr(part, "_hf_hook"):
+                    from accelerate.utils import align_module_device
+
+                    stack.enter_context(align_module_device(part))
+            if any(tensor.is_meta for tensor in tensors()):
+                raise ValueError(
+                    f"{name} is on the meta device, where nothing has values, and accelerate has "
+                    "not offloaded it either"
+                )
+        yield
 
 
-def _to_stored(kernel: Tensor, layer: C3ALinear) -> Tensor:
+def _to_stored(name: str, layer: C3ALinear) -> Tensor:
+    kernel = layer.c3a_kernel.detach()
     if layer.scale == 1 / layer.in_features:
         return kernel
-    return kernel * (layer.scale * layer.in_features)
+    # A kernel of 16 bits has no room for the factor.
+    dtype = torch.promote_types(kernel.dtype, torch.float32)
+    stored = (kernel.double() * (layer.scale * layer.in_features)).to(dtype)
+    if not torch.equal(stored.isfinite(), kernel.isfinite()):
+        raise ValueError(
+            f"the kernel of {name} times its scale {layer.scale:g} is too large to be stored in "
+            f"{dtype}"
+        )
+    return stored
 
 
 def _from_stored(stored: Tensor, layer: C3ALinear) -> Tensor:
     if layer.scale == 1 / layer.in_features:
         return stored
-    return stored / (layer.scale * layer.in_features)
+    return stored.double() / (layer.scale * layer.in_features)
+
+
+def _warn_of_what_is_left_out(
+    model: nn.Module, layers: Mapping[str, C3ALinear], tensors: Collection[str]
+) -> None:
+    left_out = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and f"{PREFIX}{name}" not in tensors
+    ]
+    if left_out:
+        warnings.warn(
+            f"c3a.save_adapter: not saved, though trainable: {_some(left_out)}; name their modules "
+            "in modules_to_save",
+            stacklevel=3,
+        )
+    padded = [
+        name
+        for name, layer in layers.items()
+        if layer.in_features % layer.block_size or layer.out_features % layer.block_size
+    ]
+    other = [
+        f"{name} ({type(layer.base_layer).__name__})"
+        for name, layer in layers.items()
+        if name not in padded and not isinstance(layer.base_layer, nn.Linear)
+    ]
+    reasons = [f"it does not pad: {_some(padded)}"] if padded else []
+    reasons += [f"it adapts torch.nn.Linear only: {_some(other)}"] if other else []
+    if reasons:
+        warnings.warn(
+            "c3a.save_adapter: c3a.load_adapter can load this adapter into such a model, the PEFT "
+            f"library cannot; {'; '.join(reasons)}",
+            stacklevel=3,
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    first = ", ".join(list(names)[:5])
+    return f"{first}, ... ({len(names)})" if len(names) > 5 else first
+
+
+# From a model to a configuration
 
 
 def _config_of(
@@ -212,7 +285,7 @@ def _config_of(
         "modules_to_save": list(saved) or None,
         "peft_type": "C3A",
         "revision": None,
-        "target_modules": _targets_of(model, set(layers)),
+        "target_modules": _targets_of(model, frozenset(layers)),
         "task_type": task_type,
     }
 
@@ -223,108 +296,138 @@ def _block_sizes_of(sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     A name in the pattern is also a regular expression for the ends of longer names, so not every
     choice of the default will do.
     """
+    names, values = list(sizes), list(sizes.values())
 
-    def meant(name: str, usual: int, pattern: dict[str, int]) -> set[int | None]:
-        theirs = next((key for key in pattern if re.match(rf".*\.{key}$", name)), name)
-        return {pattern.get(theirs, usual), block_size_from_pattern(pattern, name) or usual}
+    def is_meant(usual: int, pattern: dict[str, int]) -> bool:
+        keys = list(pattern)
+        # PEFT counts a whole name as an end, older ones of it do not.
+        newer, older = first_keys(keys, names), first_keys(keys, names, proper=True)
+        return all(
+            {
+                _size_of(pattern, name, here) or usual,
+                pattern.get(here or name, usual),
+                pattern.get(there or name, usual),
+            }
+            == {size}
+            for (name, size), here, there in zip(sizes.items(), newer, older, strict=True)
+        )
 
-    values = list(sizes.values())
     for usual in sorted(set(values), key=lambda size: (-values.count(size), size)):
         # in the order of the file, since the first key that matches counts
         pattern = {name: size for name, size in sorted(sizes.items()) if size != usual}
-        if all(meant(name, usual, pattern) == {size} for name, size in sizes.items()):
+        if is_meant(usual, pattern):
             return usual, pattern
     raise ValueError(
-        "c3a.save_adapter: PEFT's configuration cannot tell these block sizes apart, as some names "
-        f"end in others: {dict(sizes)}"
+        "PEFT's configuration cannot tell these block sizes apart, as some names end in others: "
+        f"{dict(sizes)}"
     )
 
 
-def _targets_of(model: nn.Module, adapted: set[str]) -> list[str] | str:
+def _size_of(pattern: Mapping[str, int], name: str, key: str | None) -> int | None:
+    """Return a layer's block size, given the first key that matches an end of its name."""
+    return pattern.get(name, None if key is None else pattern[key])
+
+
+def _targets_of(model: nn.Module, adapted: frozenset[str]) -> list[str] | str:
     """Return the shortest ``target_modules`` that mean exactly these layers in this model."""
-    names = [name for name, _ in model.named_modules() if name]
-    names = [n for n in names if not any(n.startswith(f"{layer}.") for layer in adapted)]
-    ends = sorted({name.rsplit(".", 1)[-1] for name in adapted})
-    exact = "|".join(re.escape(name) for name in sorted(adapted))
-    for targets in (ends, sorted(adapted)):
+
+    def within(name: str) -> bool:
+        parents = list(accumulate(name.split("."), "{}.{}".format))[:-1]
+        return any(parent in adapted for parent in parents)
+
+    names = [name for name, _ in model.named_modules() if name and not within(name)]
+    for targets in (frozenset(name.rsplit(".", 1)[-1] for name in adapted), adapted):
         if {name for name in names if matches(targets, name)} == adapted:
-            return targets
-    return exact
+            return sorted(targets)
+    return "|".join(re.escape(name) for name in sorted(adapted))
 
 
-def _plan_of(model: nn.Module, config: Mapping) -> PatchPlan:
+# From a configuration to a model
+
+
+class _Chosen:
+    """The test whether a module is among the chosen ones, with the words that chose them."""
+
+    def __init__(self, names: Collection[str], words: str) -> None:
+        self.names, self.words = names, words
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return name in self.names
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+def _plan_of(model: nn.Module, adapter: Adapter) -> PatchPlan:
+    config, source = adapter.config, adapter.config_source
     targets = config.get("target_modules")
     if not targets:
-        raise ValueError("c3a.load_adapter: the configuration names no target_modules")
-    if not isinstance(targets, str):
-        targets = list(targets)
-    pattern = config.get("block_size_pattern") or {}
-    default = config.get("block_size")
-    in_layers = _layer_filter(config)
-
-    def is_target(name: str, module: nn.Module) -> bool:
-        return matches(targets, name) and in_layers(name)
-
-    def chosen_size(name: str) -> int:
-        return block_size_from_pattern(pattern, name) or default
-
+        raise ValueError(f"{source} names no target_modules")
+    names = [name for name, _ in model.named_modules() if name]
+    words = f"target_modules {shown(targets)}"
+    chosen = _chosen_of(config, source, names)
+    if config.get("layers_to_transform") not in (None, []):
+        words += f" in layers_to_transform {shown(config['layers_to_transform'])}"
+    meant = "all-linear" if targets == "all-linear" else _Chosen(chosen, words)
     # PEFT lists every usual name of a head; which of them there are, the tensors tell.
-    saved = [
-        name
-        for name in config.get("modules_to_save") or ()
-        if any(matches([name], module) for module, _ in model.named_modules() if module)
-    ]
-    meant = "all-linear" if targets == "all-linear" else is_target
+    there = {end for name in names for end in ends(name)}
+    saved = [name for name in config.get("modules_to_save") or () if name in there]
     try:
-        any_size = plan_patch(model, meant, 1, modules_to_save=saved)
+        any_size = plan_patch(model, meant, 1, modules_to_save=list(dict.fromkeys(saved)))
     except (ValueError, TypeError) as error:
         message = str(error).removeprefix("c3a.patch_model: ")
         raise ValueError(
-            f"c3a.load_adapter: the adapter does not fit this model: target_modules {targets!r}: "
-            f"{message}"
+            f"{source}: {words}: the adapter does not fit this model: {message}"
         ) from None
-    sizes = {name: chosen_size(name) for name in any_size.block_sizes}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"c3a.load_adapter: the configuration gives {name} block size {size!r}"
-            )
-    return PatchPlan(sizes, any_size.modules_to_save)
+    sizes = _sizes_of(config, source, list(any_size.block_sizes))
+    return dataclasses.replace(any_size, block_sizes=sizes)
 
 
-def _layer_filter(config: Mapping):
-    """Return the test that ``layers_to_transform`` and ``layers_pattern`` make of a name."""
+def _chosen_of(config: Mapping, source: str, names: list[str]) -> set[str]:
+    targets = config["target_modules"]
+    if isinstance(targets, str):
+        with said_by(f"{source}: target_modules"):
+            chosen = set() if targets == "all-linear" else fully_matched(targets, names)
+    else:
+        wanted = frozenset(targets)
+        chosen = {name for name in names if matches(wanted, name)}
     indices = config.get("layers_to_transform")
     if indices is None or indices == []:
-        return lambda name: True
+        return chosen
     indices = {indices} if isinstance(indices, int) else set(indices)
     patterns = config.get("layers_pattern") or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    numbered = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
-    numbered = numbered or [r".*?\.[^.]*\.(?P<index>\d+)\."]
-
-    def in_layers(name: str) -> bool:
-        match = next(filter(None, (re.match(pattern, name) for pattern in numbered)), None)
-        return match is not None and int(match["index"]) in indices
-
-    return in_layers
+    with said_by(f"{source}: layers_pattern"):
+        numbers = layer_numbers([patterns] if isinstance(patterns, str) else patterns, names)
+    return {name for name in chosen if numbers.get(name) in indices}
 
 
-def _expected_shapes(
-    model: nn.Module, layers: Mapping[str, C3ALinear], plan: PatchPlan | None
-) -> dict[str, tuple[int, ...]]:
-    shapes = {f"{n}.c3a_kernel": tuple(layer.c3a_kernel.shape) for n, layer in layers.items()}
-    for name, b in plan.block_sizes.items() if plan else ():
-        shapes[f"{name}.c3a_kernel"] = kernel_shape(*features(model.get_submodule(name)), b)
-    for name in plan.modules_to_save if plan else modules_to_save(model):
-        for key, tensor in model.get_submodule(name).state_dict().items():
-            shapes[f"{name}.{key}"] = tuple(tensor.shape)
-    return {f"{_PREFIX}{key}": shape for key, shape in shapes.items()}
+def _sizes_of(config: Mapping, source: str, names: list[str]) -> dict[str, int]:
+    pattern, default = config.get("block_size_pattern") or {}, config.get("block_size")
+    with said_by(f"{source}: block_size_pattern"):
+        keys = first_keys(list(pattern), names)
+    sizes = {
+        name: _size_of(pattern, name, key) or default for name, key in zip(names, keys, strict=True)
+    }
+    for name, size in sizes.items():
+        if size is None:
+            raise ValueError(f"{source}: block_size: expected one for {name}, got none")
+    return sizes
 
 
 def _check_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path
+    model: nn.Module, layers: Mapping[str, C3ALinear], plan: PatchPlan | None, adapter: Adapter
 ) -> None:
+    """Raise ValueError unless the file has exactly what the model takes, in its shapes."""
+    shapes = {kernel_key(name): tuple(layer.c3a_kernel.shape) for name, layer in layers.items()}
+    for name, b in plan.block_sizes.items() if plan else ():
+        shapes[kernel_key(name)] = kernel_shape(*features(model.get_submodule(name)), b)
+    heads = {
+        f"{PREFIX}{name}.{key}": tensor
+        for name in (plan.modules_to_save if plan else modules_to_save(model))
+        for key, tensor in _state(model.get_submodule(name)).items()
+    }
+    shapes |= {key: tuple(tensor.shape) for key, tensor in heads.items()}
+    tensors = adapter.tensors
     problems = [f"missing: {key}" for key in shapes if key not in tensors]
     problems += [f"unknown: {key}" for key in tensors if key not in shapes]
     problems += [
@@ -332,8 +435,32 @@ def _check_tensors(
         for key, shape in shapes.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
+    # Among floating-point dtypes a copy rounds; from and to others it would mean something else.
+    problems += [
+        f"{key}: expected dtype {tensor.dtype}, got {tensors[key].dtype}"
+        for key, tensor in heads.items()
+        if key in tensors
+        and tensors[key].dtype != tensor.dtype
+        and not (tensors[key].is_floating_point() and tensor.is_floating_point())
+    ]
     if problems:
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        some = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        raise ValueError(f"{adapter.weights_path} does not fit the model: {'; '.join(some)}")
+
+
+def _check_has_values(
+    model: nn.Module, layers: Mapping[str, C3ALinear], plan: PatchPlan | None
+) -> None:
+    """Raise ValueError if something that is written, or what a kernel is made beside, is meta."""
+    places = {f"{name}.c3a_kernel": [layer.c3a_kernel] for name, layer in layers.items()}
+    for name in plan.block_sizes if plan else ():
+        module = model.get_submodule(name)
+        places[name] = [*module.parameters(), *module.buffers()]
+    for name in plan.modules_to_save if plan else modules_to_save(model):
+        places[name] = _state(model.get_submodule(name)).values()
+    meta = [name for name, tensors in places.items() if any(t.is_meta for t in tensors)]
+    if meta:
         raise ValueError(
-            f"c3a.load_adapter: {folder / WEIGHTS} does not fit the model:\n  " + "\n  ".join(shown)
+            f"the model is on the meta device, where nothing has values: {_some(meta)}; give it "
+            "its weights first, and let accelerate offload them after the adapter is loaded"
         )

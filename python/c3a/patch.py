@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .linear import C3ALinear
+from .names import block_size_from_pattern, matches
 from .sizes import auto_block_size, check_block_size, features
 
 Targets = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -47,39 +48,6 @@ def modules_to_save(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the modules that ``patch_model`` left trainable."""
     record = getattr(unwrapped(model), "_c3a_record", None)
     return record.modules_to_save if record else ()
-
-
-def matches(targets: str | Iterable[str], name: str) -> bool:
-    """Tell whether a module is meant, by the rules of adapter configurations.
-
-    A string is a regular expression for the whole name; otherwise each entry is a name or the end
-    of one, at a dot.
-    """
-    if isinstance(targets, str):
-        return _compiled(targets).fullmatch(name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def block_size_from_pattern(pattern: Mapping[str, int], name: str) -> int | None:
-    """Return the block size that a mapping gives a module, or None.
-
-    A key is a module's whole name, or a regular expression for the end of it, at a dot.
-    """
-    if name in pattern:
-        return pattern[name]
-    for key, block_size in pattern.items():
-        if _compiled(rf"(.*\.)?({key})").fullmatch(name):
-            return block_size
-    return None
-
-
-def _compiled(pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"c3a.patch_model: {pattern!r} is not a regular expression: {error}"
-        ) from None
 
 
 def patch_model(

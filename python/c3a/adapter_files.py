@@ -1,0 +1,237 @@
+"""An adapter's folder in the PEFT library's format: two files that are read and written as one.
+
+``adapter_model.safetensors`` holds the tensors and, as metadata that PEFT does not look at, the
+configuration and the digest of the ``adapter_config.json`` that it took the place of. Its renaming
+is thus what makes a save happen: a reader that finds it beside the old configuration, as after a
+kill, knows so and takes the one within. Otherwise ``adapter_config.json`` counts, also edited.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import replacing
+from .names import shown
+from .shapes import SUPPORTED_DTYPES
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+_WITHIN = "c3a_config"
+_REPLACED = "c3a_replaced"
+_KERNEL = ".c3a_kernel"
+_MOST_BYTES = 16 * 2**20  # of a configuration
+_MOST_SAID = 2000  # characters of a message
+
+
+class Adapter(NamedTuple):
+    """What a folder holds: its configuration, checked, its tensors, and where each came from."""
+
+    config: dict
+    tensors: dict[str, Tensor]
+    config_source: str
+    weights_path: Path
+
+    @property
+    def kernels(self) -> dict[str, Tensor]:
+        """The kernels by layer, as stored (scale ``1 / in_features``)."""
+        return kernels(self.tensors)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: object) -> bool:
+    return _is_number(value) and value >= 1
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list_of(test: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(test, value))
+
+
+# What is read of a configuration; null stands for what is missing.
+_KEYS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "base_model_name_or_path": ("a name or a path", _is_text),
+    "bias": ("'none' (a base model's trained biases cannot be loaded)", lambda v: v == "none"),
+    "block_size": ("a whole number >= 1", _is_size),
+    "block_size_pattern": (
+        "a mapping from names to whole numbers >= 1",
+        lambda value: isinstance(value, dict) and all(map(_is_size, value.values())),
+    ),
+    "layers_pattern": (
+        "a name or a list of names",
+        lambda value: _is_text(value) or _is_list_of(_is_text)(value),
+    ),
+    "layers_to_transform": (
+        "a whole number or a list of whole numbers",
+        lambda value: _is_number(value) or _is_list_of(_is_number)(value),
+    ),
+    "modules_to_save": ("a list of names", _is_list_of(_is_text)),
+    "target_modules": (
+        "a list of names or a regular expression",
+        lambda value: _is_text(value) or _is_list_of(_is_text)(value),
+    ),
+    "task_type": ("a name", _is_text),
+}
+
+
+@contextmanager
+def said_by(who: str) -> Iterator[None]:
+    """Put who it is, or what it is about, before the messages of errors, and keep each a line.
+
+    They may quote what a file holds.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(_line(f"{who}: {error}")) from None
+    except ValueError as error:
+        raise ValueError(_line(f"{who}: {error}")) from None
+
+
+def _line(text: str) -> str:
+    characters = (c if c.isprintable() else repr(c)[1:-1] for c in text[:_MOST_SAID])
+    return "".join(characters) + ("..." if len(text) > _MOST_SAID else "")
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter's folder: configuration and tensors of one save, checked without a model.
+
+    Raises FileNotFoundError or ValueError, in one line that names the file and what is wrong.
+    """
+    with said_by("c3a"):
+        return read(Path(folder))
+
+
+def read_config(folder: str | Path) -> dict:
+    """Return the configuration alone, as ``read_adapter`` does."""
+    return read_adapter(folder).config
+
+
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """Return the tensors alone, as ``read_adapter`` does."""
+    return read_adapter(folder).tensors
+
+
+def kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the kernels of an adapter file by layer, as stored (scale ``1 / in_features``)."""
+    return {
+        key.removeprefix(PREFIX).removesuffix(_KERNEL): tensor
+        for key, tensor in tensors.items()
+        if key.endswith(_KERNEL)
+    }
+
+
+def kernel_key(layer: str) -> str:
+    """Return the key of a layer's kernel."""
+    return f"{PREFIX}{layer}{_KERNEL}"
+
+
+def write(folder: Path, tensors: dict[str, Tensor], config: Mapping) -> None:
+    """Write both files: as one step for ``read_adapter``, each as one step for others."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    with replacing(folder / WEIGHTS, folder / CONFIG) as (weights, configuration):
+        configuration.write_text(text, encoding="utf-8")
+        replaced = _bytes_of(folder / CONFIG)
+        metadata = {"format": "pt", _WITHIN: text, _REPLACED: _digest(replaced)}
+        try:
+            save_file(tensors, weights, metadata=metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from None
+
+
+def read(folder: Path) -> Adapter:
+    """``read_adapter``, with messages that do not say whose they are."""
+    config_path, weights_path = folder / CONFIG, folder / WEIGHTS
+    on_disk = _bytes_of(config_path)
+    for _ in range(100):  # another process may save meanwhile
+        if on_disk is None and not weights_path.is_file():
+            raise FileNotFoundError(
+                f"no {CONFIG} in {folder} (adapters are read from local folders; nothing is "
+                "fetched)"
+            )
+        metadata, tensors = _read_weights(folder)
+        before, on_disk = on_disk, _bytes_of(config_path)
+        if on_disk == before:
+            break
+    text, source = on_disk, str(config_path)
+    if _WITHIN in metadata and (on_disk is None or _digest(on_disk) == metadata.get(_REPLACED)):
+        text, source = metadata[_WITHIN].encode(), f"{weights_path}, {_WITHIN}"
+    elif on_disk is None:
+        raise FileNotFoundError(f"no {CONFIG} in {folder}")
+    return Adapter(_parsed(text, source), tensors, source, weights_path)
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    """Return a configuration's file, a byte more than is allowed at most, or None."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES + 1)
+    except FileNotFoundError:
+        return None
+
+
+def _digest(text: bytes | None) -> str:
+    return "" if text is None else hashlib.sha256(text).hexdigest()
+
+
+def _parsed(text: bytes, source: str) -> dict:
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"{source} is longer than {_MOST_BYTES} bytes")
+    try:
+        config = json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{source} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{source}: expected a mapping, got {shown(config)}")
+    if config.get("peft_type") != "C3A":
+        raise ValueError(
+            f'{source}: expected "peft_type": "C3A", got {shown(config.get("peft_type"))}'
+        )
+    for key, (expected, test) in _KEYS.items():
+        value = config.get(key)
+        if value is not None and not test(value):
+            raise ValueError(f"{source}: expected {key} to be {expected}, got {shown(value)}")
+    return config
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        hint = "; adapter_model.bin is a pickle, which is never read" if pickled else ""
+        raise FileNotFoundError(f"no {WEIGHTS} in {folder}{hint}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    for key, tensor in tensors.items():
+        if not key.endswith(_KERNEL):
+            continue
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {key}: expected one of {dtypes}, got {got}")
+        if tensor.ndim != 3 or tensor.numel() == 0:
+            raise ValueError(
+                f"{path}: {key}: expected a shape (m, n, b), got {tuple(tensor.shape)}"
+            )
+    return metadata, tensors
