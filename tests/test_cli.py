@@ -322,15 +322,29 @@ GPT2 = transformers.GPT2Config(vocab_size=16, n_embd=24, n_layer=2, n_head=2, n_
         (lambda _: transformers.GPT2Model(GPT2), {}, " missing (bert.embeddings.LayerNorm"),
     ],
 )
-def test_merge_refuses_a_base_that_is_not_the_adapters(
-    kind, changes, message, run, tmp_path, capsys
-):
+def test_merge_refuses_a_base_without_its_weights(kind, changes, message, run, tmp_path, capsys):
     base = write_model(tmp_path / "base", kind, **changes)
-    shutil.copy(run / "config.json", base / "config.json")  # the weights decide
+    shutil.copy(run / "config.json", base / "config.json")
     assert main(["merge", str(run), str(tmp_path / "merged"), "--model", str(base)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"c3a: the weights of {base} are not those of this BertForSequence")
     assert message in said
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (transformers.BertModel, {"num_hidden_layers": 3}, "num_hidden_layers 2, {} has 3"),
+        (transformers.BertModel, {"vocab_size": 20}, "vocab_size 16, {} has 20"),
+        (lambda _: transformers.GPT2Model(GPT2), {}, "model_type 'bert', {} has 'gpt2'"),
+    ],
+)
+def test_merge_refuses_a_base_of_other_sizes(kind, changes, message, run, tmp_path, capsys):
+    base = write_model(tmp_path / "base", kind, **changes)
+    assert main(["merge", str(run), str(tmp_path / "merged"), "--model", str(base)]) == 2
+    said = capsys.readouterr().err
+    assert f"c3a: the model of {run} has {message.format(base)}" in said
     assert not (tmp_path / "merged").exists()
 
 

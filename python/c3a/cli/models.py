@@ -1,5 +1,6 @@
 """Pretrained models for the commands: loading, heads, and the adapters that can be compared."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -213,14 +214,18 @@ _CLASSES = {
 }
 
 
+# What a task adds to the configuration of its base model.
+_OF_THE_TASK = ("id2label", "label2id", "problem_type", "pad_token_id")
+
+
 def load_base(adapter: Path, source: str | None):
     """Return the base model of an adapter, its tokenizer, and where they came from.
 
-    The model's configuration, with its labels, is the adapter's own where it brings one.
+    The model's configuration is the base's, with the labels of the adapter's where it brings one.
 
     Raises:
-        ValueError: the base does not hold this model's weights: all but those of the modules that
-            the adapter brings.
+        ValueError: the base has other sizes than the adapter's configuration says, or does not hold
+            its model's weights: all but those of the modules that the adapter brings.
     """
     config = read_config(adapter)
     named = source or config.get("base_model_name_or_path")
@@ -235,19 +240,44 @@ def load_base(adapter: Path, source: str | None):
         if source:
             raise
         raise ValueError(f"the base model of {adapter}: {error}; pass --model") from None
-    brings_config = (adapter / "config.json").is_file()
-    with working_on(adapter / "config.json" if brings_config else named):
-        model_config = transformers.AutoConfig.from_pretrained(
-            **(_in_folder(adapter) if brings_config else where)
-        )
+    theirs = _read_config_json(adapter)
+    with working_on(named):
+        plain = transformers.AutoConfig.from_pretrained(**where).to_dict()
+    _check_sizes(theirs, plain, f"the model of {adapter}", named)
+    changes = {key: theirs[key] for key in _OF_THE_TASK if theirs.get(key) is not None}
+    with working_on(adapter / "config.json"):
+        if "id2label" in changes:
+            changes["id2label"] = {int(key): name for key, name in changes["id2label"].items()}
+        model_config = transformers.AutoConfig.from_pretrained(**where, **changes)
     with working_on(named):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         model, report = getattr(transformers, _CLASSES[task]).from_pretrained(
             **where,
             config=model_config,
-            attn_implementation="eager",  # a configuration may ask for a hub's code instead
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     _check_weights(model, report, config.get("modules_to_save") or (), named)
     return model, tokenizer, named
+
+
+def _read_config_json(adapter: Path) -> dict:
+    """Return the configuration of the model that an adapter was trained on, if it brings one."""
+    path = adapter / "config.json"
+    if not path.is_file():
+        return {}
+    with working_on(path, (ValueError, OSError, RecursionError)):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"expected a mapping, got a {type(config).__name__}")
+    return config
+
+
+def _check_sizes(ours: Mapping, theirs: Mapping, our_name: str, their_name: str) -> None:
+    """Raise ValueError unless two configurations agree in kind and in all numbers of both."""
+    for key in ours.keys() & theirs.keys() - set(_OF_THE_TASK):
+        our, their = ours[key], theirs[key]
+        if isinstance(our, Mapping) and isinstance(their, Mapping):
+            _check_sizes(our, their, our_name, their_name)
+        elif our != their and (key == "model_type" or type(our) is type(their) is int):
+            raise ValueError(f"{our_name} has {key} {our!r}, {their_name} has {their!r}")
