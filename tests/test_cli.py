@@ -382,6 +382,22 @@ def test_finetune_takes_a_base_without_a_pooler_and_no_more_than_that(
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id2label": ["no", "yes"]}, "expected id2label to be a mapping from indices to names"),
+        ({"id2label": {"first": "no"}}, "expected id2label to be a mapping from indices to names"),
+        ({"label2id": {"no": "0"}}, "expected label2id to be a mapping from names to indices"),
+        ({"pad_token_id": -1}, "expected pad_token_id to be a token's number, got -1"),
+        ({"problem_type": 1}, "expected problem_type to be a name, got 1"),
+    ],
+)
+def test_labels_of_wrong_types_are_named(changes, message, run, tmp_path, capsys):
+    adapter = with_config(run, tmp_path / "adapter", "config.json", **changes)
+    assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 2
+    assert f"c3a: {adapter / 'config.json'}: {message}" in capsys.readouterr().err
+
+
 def test_code_that_comes_with_a_folder_is_never_run(run, tiny, reviews, tmp_path, capsys):
     code = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
     auto_map = {

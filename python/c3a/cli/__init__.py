@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_parser(commands)
     options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if value == []:  # what older argparses make of --name=--
+            parser.error(f"argument --{name.replace('_', '-')}: expected a value")
     try:
         with _ctrl_c_stays_itself(), warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -1,7 +1,7 @@
 """Pretrained models for the commands: loading, heads, and the adapters that can be compared."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import huggingface_hub
@@ -214,8 +214,23 @@ _CLASSES = {
 }
 
 
+def _are_labels(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        key.isascii() and key.isdecimal() and isinstance(name, str) for key, name in value.items()
+    )
+
+
+def _are_indices(value: object) -> bool:
+    return isinstance(value, dict) and all(type(index) is int for index in value.values())
+
+
 # What a task adds to the configuration of its base model.
-_OF_THE_TASK = ("id2label", "label2id", "problem_type", "pad_token_id")
+_OF_THE_TASK: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    "id2label": ("a mapping from indices to names", _are_labels),
+    "label2id": ("a mapping from names to indices", _are_indices),
+    "problem_type": ("a name", lambda value: isinstance(value, str)),
+    "pad_token_id": ("a token's number", lambda value: type(value) is int and value >= 0),
+}
 
 
 def load_base(adapter: Path, source: str | None):
@@ -245,9 +260,9 @@ def load_base(adapter: Path, source: str | None):
         plain = transformers.AutoConfig.from_pretrained(**where).to_dict()
     _check_sizes(theirs, plain, f"the model of {adapter}", named)
     changes = {key: theirs[key] for key in _OF_THE_TASK if theirs.get(key) is not None}
+    if "id2label" in changes:
+        changes["id2label"] = {int(key): name for key, name in changes["id2label"].items()}
     with working_on(adapter / "config.json"):
-        if "id2label" in changes:
-            changes["id2label"] = {int(key): name for key, name in changes["id2label"].items()}
         model_config = transformers.AutoConfig.from_pretrained(**where, **changes)
     with working_on(named):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
@@ -270,6 +285,9 @@ def _read_config_json(adapter: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"expected a mapping, got a {type(config).__name__}")
+        for key, (expected, is_right) in _OF_THE_TASK.items():
+            if config.get(key) is not None and not is_right(config[key]):
+                raise ValueError(f"expected {key} to be {expected}, got {config[key]!r:.60}")
     return config
 
 
