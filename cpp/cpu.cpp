@@ -54,11 +54,12 @@ std::vector<Candidate> candidates() {
 // The level in use: the highest that runs here, or the one that C3A_CPU_LEVEL names.
 const Candidate& in_use() {
   static const Candidate chosen = [] {
-    const char* forced = std::getenv("C3A_CPU_LEVEL");
+    const char* variable = std::getenv("C3A_CPU_LEVEL");
+    const std::string forced = variable ? variable : "";
     std::string names;
     for (const Candidate& candidate : candidates()) {
       if (!candidate.runs_here) continue;
-      if (!forced || candidate.name == std::string(forced)) return candidate;
+      if (forced.empty() || candidate.name == forced) return candidate;
       names += (names.empty() ? "" : ", ") + std::string(candidate.name);
     }
     throw std::runtime_error(

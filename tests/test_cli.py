@@ -1,60 +1,44 @@
 """The command line, end to end on a tiny model and file; the packaged data."""
 
 import json
+import math
+import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import httpx2 as httpx
+import huggingface_hub
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import c3a
 from c3a.cli import data, finetune, main
 from c3a.files import write_folder
+from tiny_model import WORDS, write_model, write_reviews
 
 pytestmark = pytest.mark.filterwarnings(
     # torch's and transformers' own, from within Trainer
     "ignore::DeprecationWarning:(torch|transformers|accelerate)",
     "ignore::FutureWarning",
 )
-WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "the", "a", "was", "it"]
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A BERT of 2 layers with random weights and its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "vocab.txt").write_text("\n".join([*special, *WORDS]))
-    tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(special) + len(WORDS),
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("reviews") / "reviews.csv"
-    rows = ["review,verdict"]
-    for i in range(60):
-        rows.append(f"the film was {WORDS[i % 3]},yes")
-        rows.append(f"a film it was {WORDS[3 + i % 3]},no")
-    path.write_text("\n".join(rows))
-    return path
+    return write_reviews(tmp_path_factory.mktemp("reviews") / "reviews.csv")
 
 
 def arguments(tiny, reviews, output, *more):
@@ -128,20 +112,6 @@ def test_merge_writes_an_ordinary_model_with_the_same_outputs(run, tiny, tmp_pat
     torch.testing.assert_close(merged.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_inspect_prints_rank_and_norm_and_draws_the_spectra(run, tmp_path, capsys):
-    picture = tmp_path / "spectra.png"
-    assert main(["inspect", str(run), "--output", str(picture)]) == 0
-    printed = capsys.readouterr().out
-    assert "bert.pooler.dense" in printed
-    assert "24/24" in printed
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    kernel = load_file(run / "adapter_model.safetensors")[
-        "base_model.model.bert.pooler.dense.c3a_kernel"
-    ]
-    norm = c3a.circulant(kernel).norm() / 24
-    assert f"{norm:.3g}" in printed
-
-
 @pytest.mark.parametrize("method", ["lora", "bitfit", "head", "full"])
 def test_every_method_runs_and_saves(method, tiny, reviews, tmp_path, capsys):
     output = tmp_path / method
@@ -176,13 +146,26 @@ def test_json_lines_steps_regex_and_compile(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--data", "nowhere.csv"], "nowhere.csv"),
+        (["--data", "nowhere.csv"], "c3a: nowhere.csv: No such file or directory\n"),
         (["--data", "text.parquet"], "expected a file ending in .csv, .tsv, .jsonl, .json"),
-        (["--text-column", "body"], "has no column 'body'; it has review, verdict"),
+        (["--text-column", "body"], "expected a column 'body', there are review, verdict"),
         (["--target-modules", "q_proj"], "no module is named 'q_proj'; linear layers of the model"),
+        (["--target-modules", "(", "--method", "lora"], "--target-modules (: "),
         (["--block-size", "7"], "block_size 7 does not divide in_features = 24"),
-        (["--steps", "0"], "expected --steps > 0, got 0"),
-        (["--model", "./nowhere"], "to be a folder or a hub's name, ./nowhere is neither"),
+        (["--steps", "0"], "expected 0 < --steps < 2**31, got 0"),
+        (["--epochs", "inf"], "expected 0 < --epochs < 2**31, got inf"),
+        (["--epochs", "nan"], "expected 0 < --epochs < 2**31, got nan"),
+        (["--lr", "nan"], "expected 0 < --lr < 2**31, got nan"),
+        (["--lr", "-1"], "expected 0 < --lr < 2**31, got -1"),
+        (["--head-lr", "inf"], "expected 0 < --head-lr < 2**31, got inf"),
+        (["--head-lr", "0"], "expected 0 < --head-lr < 2**31, got 0"),
+        (["--seed", "-1"], "expected 0 <= --seed < 2**32, got -1"),
+        (["--max-length", "2"], "expected --max-length > 2, the special tokens of this model"),
+        (["--rank", "25", "--method", "lora"], "expected --rank <= 24, the largest rank"),
+        (["--model", "./nowhere"], "or a hub's name, there is no folder ./nowhere"),
+        (["--model", __file__], f"or a hub's name, {__file__} is a file"),
+        (["--model", "no name"], "there is no folder no name here: and no hub has such names"),
+        (["--model", str(Path(__file__).parent)], "holds no config.json"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(
@@ -190,8 +173,39 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(
 ):
     output = tmp_path / "out"
     assert main(arguments(tiny, reviews, output, *more)) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("c3a: ")
+    assert "c3a." not in said
     assert not output.exists()
+
+
+def test_texts_longer_than_the_model_takes_are_told_before_training(tiny, tmp_path, capsys):
+    path = tmp_path / "long.csv"
+    rows = [f"{'a ' * 40 if i == 7 else ''}film,{i % 2}" for i in range(40)]
+    path.write_text("text,label\n" + "\n".join(rows))
+    command = ["finetune", "--model", str(tiny), "--data", str(path), "--steps", "2"]
+    assert main(command) == 2
+    assert "the model cannot take a text of 43 tokens (--max-length): " in capsys.readouterr().err
+    assert main([*command, "--max-length", "32"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "weight"),
+    [
+        (["--method", "full", "--lr", "1e9", "--steps", "50"], 1.0),
+        (["--steps", "1"], math.nan),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run(options, weight, reviews, tmp_path, capsys):
+    base = write_model(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["encoder.layer.1.output.LayerNorm.weight"].fill_(weight)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert main(arguments(base, reviews, tmp_path / "out", *options)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"c3a: the loss is (nan|inf) after \d+ steps; nothing was written", said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_leaves_nothing_half_written(tiny, reviews, tmp_path):
@@ -219,43 +233,6 @@ def test_the_default_run_starts_on_the_packaged_model_and_data(tmp_path, capsys)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert 0.4 < metrics["test_accuracy"] <= 1
     assert main(["inspect", str(tmp_path / "out")]) == 0
-
-
-def test_the_packaged_sentences_are_all_there_and_split_by_class():
-    examples = data.rotten_tomatoes()
-    assert len(examples) == 8530
-    assert sum(examples.labels) == 4265
-    train, validation, test = data.split(examples, seed=0)
-    assert (len(train), len(validation), len(test)) == (5974, 852, 1704)
-    assert (sum(validation.labels), sum(test.labels)) == (426, 852)
-    texts = [set(part.texts) for part in (train, validation, test)]
-    assert sum(map(len, (train, validation, test))) == 8530
-    assert len(texts[0] & texts[2]) <= 5  # the set has a few sentences twice
-    assert data.split(examples, seed=0)[2] == test
-    assert data.split(examples, seed=1)[2] != test
-
-
-def test_files_with_gaps_or_too_little_data_are_named(tmp_path):
-    path = tmp_path / "gaps.csv"
-    path.write_text("text,label\na,1\n,0\nb,\n")
-    with pytest.raises(ValueError, match="2 rows lack a text or a label, first row 2"):
-        data.read(path, "text", "label")
-    few = data.Examples(["a"] * 12, [0] * 11 + [1], ["x", "y"])
-    with pytest.raises(ValueError, match="at least 10 examples of each class, 'y' has 1"):
-        data.split(few, seed=0)
-    with pytest.raises(ValueError, match="at least 2 classes"):
-        data.split(data.Examples(["a"] * 12, [0] * 12, ["x"]), seed=0)
-
-
-def test_words_that_look_missing_or_like_numbers_stay_as_they_are(tmp_path):
-    path = tmp_path / "words.csv"
-    path.write_text("text,label\nNA,None\nnull,good\n")
-    assert data.read(path, "text", "label") == data.Examples(
-        ["NA", "null"], [0, 1], ["None", "good"]
-    )
-    path = tmp_path / "words.jsonl"
-    path.write_text('{"text": "00", "label": 1}\n{"text": "01", "label": "x"}\n')
-    assert data.read(path, "text", "label") == data.Examples(["00", "01"], [0, 1], ["1", "x"])
 
 
 def test_outputs_are_new_folders_or_replace_an_earlier_run_whole(tiny, reviews, tmp_path, capsys):
@@ -308,14 +285,253 @@ def test_an_interrupted_folder_is_as_it_was(existing, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == (["out", "old"] if existing else [])
 
 
+def with_config(run: Path, folder: Path, name: str = "adapter_config.json", **changes) -> Path:
+    """Return a copy of an adapter's folder with another configuration."""
+    if not folder.exists():
+        shutil.copytree(run, folder)
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**config, **changes}))
+    return folder
+
+
 def test_merge_says_where_the_base_model_should_have_been(run, tmp_path, capsys):
-    adapter = tmp_path / "adapter"
-    shutil.copytree(run, adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "/home/someone/else"
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    adapter = with_config(run, tmp_path / "adapter", base_model_name_or_path="/home/someone/else")
     assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 2
-    assert "is not at /home/someone/else; pass --model" in capsys.readouterr().err
+    assert "there is no folder /home/someone/else; pass --model" in capsys.readouterr().err
+    adapter = with_config(run, tmp_path / "adapter", base_model_name_or_path=str(run))
+    assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 2
+    assert f"{run} holds an adapter" in capsys.readouterr().err
+
+
+GPT2 = transformers.GPT2Config(vocab_size=16, n_embd=24, n_layer=2, n_head=2, n_positions=32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (transformers.BertModel, {"num_hidden_layers": 3}, "16 beyond the model (encoder.layer.2"),
+        (
+            transformers.BertForPreTraining,
+            {"num_hidden_layers": 3},
+            "16 beyond the model (bert.encoder.layer.2",
+        ),
+        (transformers.BertModel, {"num_hidden_layers": 1}, "16 missing (bert.encoder.layer.1."),
+        (transformers.BertModel, {"hidden_size": 12}, "of another size (bert.embeddings."),
+        (transformers.BertModel, {"vocab_size": 20}, "1 of another size (bert.embeddings.word"),
+        (transformers.BertForMaskedLM, {}, "2 missing (bert.pooler.dense.bias, bert.pooler"),
+        (lambda _: transformers.GPT2Model(GPT2), {}, " missing (bert.embeddings.LayerNorm"),
+    ],
+)
+def test_merge_refuses_a_base_without_its_weights(kind, changes, message, run, tmp_path, capsys):
+    base = write_model(tmp_path / "base", kind, **changes)
+    shutil.copy(run / "config.json", base / "config.json")
+    assert main(["merge", str(run), str(tmp_path / "merged"), "--model", str(base)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"c3a: the weights of {base} are not those of this BertForSequence")
+    assert message in said
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (transformers.BertModel, {"num_hidden_layers": 3}, "num_hidden_layers 2, {} has 3"),
+        (transformers.BertModel, {"vocab_size": 20}, "vocab_size 16, {} has 20"),
+        (lambda _: transformers.GPT2Model(GPT2), {}, "model_type 'bert', {} has 'gpt2'"),
+    ],
+)
+def test_merge_refuses_a_base_of_other_sizes(kind, changes, message, run, tmp_path, capsys):
+    base = write_model(tmp_path / "base", kind, **changes)
+    assert main(["merge", str(run), str(tmp_path / "merged"), "--model", str(base)]) == 2
+    said = capsys.readouterr().err
+    assert f"c3a: the model of {run} has {message.format(base)}" in said
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (transformers.BertForPreTraining, {}),  # heads that a classifier lacks
+        (transformers.BertForSequenceClassification, {"num_labels": 5}),
+    ],
+)
+def test_merge_takes_a_base_with_another_head(kind, changes, run, tmp_path):
+    base = write_model(tmp_path / "base", kind, **changes)
+    assert main(["merge", str(run), str(tmp_path / "merged"), "--model", str(base)]) == 0
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 2
+
+
+def test_finetune_takes_a_base_without_a_pooler_and_no_more_than_that(
+    tiny, reviews, tmp_path, capsys
+):
+    base = write_model(tmp_path / "base", transformers.BertForMaskedLM)
+    output = tmp_path / "out"
+    assert main(arguments(base, reviews, output, "--steps", "1")) == 0
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier", "bert.pooler.dense"]
+    shutil.rmtree(output)
+
+    weights = load_file(tiny / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert main(arguments(base, reviews, output, "--steps", "1")) == 2
+    said = capsys.readouterr().err
+    assert f"the weights of {base} are not those of this BertForSequenceClassification" in said
+    assert "1 missing (bert.encoder.layer.1.output.dense.weight)" in said
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id2label": ["no", "yes"]}, "expected id2label to be a mapping from indices to names"),
+        ({"id2label": {"first": "no"}}, "expected id2label to be a mapping from indices to names"),
+        ({"label2id": {"no": "0"}}, "expected label2id to be a mapping from names to indices"),
+        ({"pad_token_id": -1}, "expected pad_token_id to be a token's number, got -1"),
+        ({"problem_type": 1}, "expected problem_type to be a name, got 1"),
+    ],
+)
+def test_labels_of_wrong_types_are_named(changes, message, run, tmp_path, capsys):
+    adapter = with_config(run, tmp_path / "adapter", "config.json", **changes)
+    assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 2
+    assert f"c3a: {adapter / 'config.json'}: {message}" in capsys.readouterr().err
+
+
+def test_code_that_comes_with_a_folder_is_never_run(run, tiny, reviews, tmp_path, capsys):
+    code = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
+    auto_map = {
+        "AutoConfig": "evil.Config",
+        "AutoModelForSequenceClassification": "evil.Model",
+    }
+    for kind in ("bert", "unheard-of"):
+        adapter = tmp_path / f"adapter-{kind}"
+        with_config(run, adapter, "config.json", model_type=kind, auto_map=auto_map)
+        base = tmp_path / f"base-{kind}"
+        with_config(tiny, base, "config.json", model_type=kind, auto_map=auto_map)
+        for folder in (adapter, base):
+            (folder / "evil.py").write_text(code)
+        expected = 0 if kind == "bert" else 2
+        merged = tmp_path / f"merged-{kind}"
+        assert main(["merge", str(adapter), str(merged)]) == expected
+        command = arguments(base, reviews, tmp_path / f"out-{kind}", "--steps", "1")
+        assert main(command) == expected
+    assert not list(tmp_path.rglob("ran"))
+    adapter = with_config(run, tmp_path / "adapter", "config.json", attn_implementation="some/code")
+    assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 0
+
+
+class TestHub:
+    """Models by name. Nothing here asks the hub: its answer is the test's."""
+
+    @pytest.fixture
+    def answer(self, monkeypatch):
+        """Call it with what the hub is to raise; it returns the list of names asked for."""
+
+        def set_answer(error):
+            asked = []
+
+            def model_info(self, name, *, timeout):
+                assert timeout <= 10
+                asked.append(name)
+                raise error
+
+            monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+            return asked
+
+        return set_answer
+
+    def not_found(self):
+        request = httpx.Request("GET", "https://huggingface.co")
+        response = httpx.Response(404, request=request)
+        return huggingface_hub.errors.RepositoryNotFoundError("404", response=response)
+
+    def test_a_name_is_asked_for_once_and_not_found_or_not_reachable(
+        self, answer, reviews, tmp_path, capsys
+    ):
+        asked = answer(self.not_found())
+        command = arguments("bert-base-uncasedd", reviews, tmp_path / "out")
+        assert main(command) == 2
+        assert "and no public model of that name at https://" in capsys.readouterr().err
+        assert asked == ["bert-base-uncasedd"]
+        asked = answer(httpx.ConnectError("Name or service not known"))
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "the local cache has no such model, and https://" in said
+        assert "cannot be reached (ConnectError: Name or service not known)" in said
+        assert asked == ["bert-base-uncasedd"]
+
+    def test_a_path_is_never_asked_for(self, answer, reviews, tmp_path, capsys):
+        asked = answer(self.not_found())
+        for path in (reviews, "./nowhere", "/no/where", "~/no/where", "a/b/c"):
+            assert main(arguments(path, reviews, tmp_path / "out")) == 2
+        assert asked == []
+
+    def test_a_cached_model_works_offline(
+        self, answer, tiny, reviews, tmp_path, monkeypatch, capsys
+    ):
+        cache = tmp_path / "cache"
+        folder = cache / "models--someone--tiny"
+        shutil.copytree(tiny, folder / "snapshots" / ("0" * 40))
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0" * 40)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+        answer(httpx.ConnectError("Name or service not known"))
+        output = tmp_path / "out"
+        assert main(arguments("someone/tiny", reviews, output, "--steps", "1")) == 0
+        assert json.loads((output / "metrics.json").read_text())["model"] == "someone/tiny"
+        assert main(["merge", str(output), str(tmp_path / "merged")]) == 0
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 30 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("command", ["merge", "finetune"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    command, run, tiny, reviews, tmp_path, small_disk, capsys
+):
+    output = tmp_path / "out"
+    options = {
+        "merge": ["merge", str(run), str(output)],
+        "finetune": arguments(tiny, reviews, output, "--method", "head", "--steps", "1"),
+    }
+    assert main(options[command]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"c3a: {output}: ")
+    assert "File too large" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("level", "status"), [("nonsense", 2), ("", 0)])
+def test_a_bad_cpu_level_is_one_line_and_an_empty_one_is_none(level, status):
+    command = [sys.executable, "-m", "c3a", "info"]
+    environment = {**os.environ, "C3A_CPU_LEVEL": level}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    if status:
+        expected = "c3a: expected C3A_CPU_LEVEL to be one of this machine's levels ("
+        assert done.stderr.startswith(expected)
+        assert done.stderr.count("\n") == 1
+
+
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(finetune, "run", lambda options: options.no_such_thing)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        main(["finetune"])
+
+
+def test_warnings_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "run", lambda options: warnings.warn("c3a: odd", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["finetune"]) == 0
+    assert capsys.readouterr().err == "c3a: warning: odd\n"
 
 
 def test_target_modules_on_the_command_line():

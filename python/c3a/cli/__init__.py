@@ -4,16 +4,21 @@ import argparse
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from . import finetune, info, inspect, merge
+from .failures import line_for
 
 _COMMANDS = (info, finetune, merge, inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line and return the exit status: 2 for bad input, 130 for Ctrl-C.
+
+    An error that is nobody's input's fault is a defect here, and keeps its traceback.
+    """
     parser = argparse.ArgumentParser(
         prog="c3a", description="Parameter-efficient fine-tuning by block-circular convolution."
     )
@@ -21,8 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_parser(commands)
     options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if value == []:  # what older argparses make of --name=--
+            parser.error(f"argument --{name.replace('_', '-')}: expected a value")
     try:
-        with _ctrl_c_stays_itself():
+        with _ctrl_c_stays_itself(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             options.run(options)
     except KeyboardInterrupt:
         print("\nc3a: interrupted; nothing was written", file=sys.stderr)
@@ -35,10 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"c3a: this command needs {error.name}: pip install 'c3a[finetune]'", file=sys.stderr)
         return 2
-    except (ValueError, TypeError, OSError) as error:
-        print(f"c3a: {str(error).removeprefix('c3a: ')}", file=sys.stderr)
+    except Exception as error:
+        line = line_for(error)
+        if line is None:
+            raise
+        print(f"c3a: {line}", file=sys.stderr)
         return 2
     return 0
+
+
+def _show_warning(message, *_) -> None:
+    print(f"c3a: warning: {str(message).removeprefix('c3a: ')}", file=sys.stderr)
 
 
 @contextmanager

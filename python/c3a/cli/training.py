@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..memory import saved_for_backward
 from .data import Examples
+from .failures import working_on
 
 _VALIDATIONS = 4  # in a run; the best of them gives the parameters that are tested
 
@@ -58,6 +59,7 @@ class _Progress(transformers.trainer_callback.ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        check_finite(logs, state.global_step)
         if "loss" in logs:
             self.losses.append((state.global_step, float(logs["loss"])))
         if "eval_accuracy" in logs:
@@ -68,12 +70,28 @@ class _Progress(transformers.trainer_callback.ProgressCallback):
                 shown["validation"] = f"{100 * self.validations[-1][1]:.1f} %"
             self.training_bar.set_postfix(shown)
 
+    def close(self) -> None:
+        """Leave the line of the terminal that the bars stand in."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
+
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         super().on_evaluate(args, state, control, **kwargs)
         if metrics["eval_accuracy"] > max((a for _, a in self.validations[:-1]), default=-1.0):
             self.best = {
                 name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
             }
+
+
+def check_finite(logs: dict, step: int) -> None:
+    """Raise ValueError for a loss that is infinite or not a number."""
+    for name, value in logs.items():
+        if name.endswith("loss") and not math.isfinite(value):
+            raise ValueError(
+                f"the loss is {value} after {step} steps; nothing was written; a smaller --lr or "
+                "--head-lr may help"
+            )
 
 
 def quiet_libraries(seed: int) -> None:
@@ -83,10 +101,29 @@ def quiet_libraries(seed: int) -> None:
     transformers.logging.disable_progress_bar()
 
 
+def encode(examples: Examples, model: nn.Module, tokenizer, max_length: int) -> list[dict]:
+    """Return the examples as the model takes them, or ValueError if it cannot take the longest."""
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise ValueError(
+            f"expected --max-length > {special}, the special tokens of this model, got {max_length}"
+        )
+    encoded = tokenizer(examples.texts, truncation=True, max_length=max_length)
+    rows = [{name: encoded[name][row] for name in encoded} for row in range(len(examples))]
+    longest = max(rows, key=lambda row: len(row["input_ids"]))
+    tokens = len(longest["input_ids"])
+    inputs = tokenizer.pad([longest], return_tensors="pt")
+    # Tried, since a configuration's numbers do not always tell.
+    cannot = f"the model cannot take a text of {tokens} tokens (--max-length)"
+    with working_on(cannot), torch.no_grad():
+        model(**inputs)
+    return [{**row, "labels": label} for row, label in zip(rows, examples.labels, strict=True)]
+
+
 def train(
     model: nn.Module,
     tokenizer,
-    splits: tuple[Examples, Examples, Examples],
+    splits: tuple[list[dict], list[dict], list[dict]],
     *,
     head: list[str],
     lr: float | None,
@@ -94,12 +131,11 @@ def train(
     epochs: float,
     steps: int | None,
     batch_size: int,
-    max_length: int,
     seed: int,
     compile: bool,
 ) -> Result:
     """Train on the first split, choose by the second, and report on the third."""
-    train, validation, test = (_encode(part, tokenizer, max_length) for part in splits)
+    train, validation, test = splits
     total = steps or math.ceil(epochs * math.ceil(len(train) / batch_size))
     is_head = _in_modules(head)
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -123,6 +159,7 @@ def train(
                 eval_steps=math.ceil(total / _VALIDATIONS),
                 save_strategy="no",
                 logging_steps=min(10, total),
+                logging_nan_inf_filter=False,
                 lr_scheduler_type="linear",
                 warmup_steps=math.ceil(0.06 * total),
                 max_grad_norm=1.0,
@@ -143,11 +180,15 @@ def train(
         trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
         trainer.add_callback(progress)
         saved = _saved_bytes(trainer, model)
-        trainer.train()
-        if progress.validations[-1][0] != total:
-            trainer.evaluate()
-        model.load_state_dict(progress.best, strict=False)
-        found = trainer.predict(test)
+        try:
+            trainer.train()
+            if progress.validations[-1][0] != total:
+                trainer.evaluate()
+            model.load_state_dict(progress.best, strict=False)
+            found = trainer.predict(test)
+        finally:
+            progress.close()
+    check_finite(found.metrics, total)
     accuracy = found.metrics["test_accuracy"]
     return Result(
         adapter_parameters=sum(p.numel() for p in in_adapter),
@@ -161,14 +202,6 @@ def train(
         losses=progress.losses,
         validations=progress.validations,
     )
-
-
-def _encode(examples: Examples, tokenizer, max_length: int) -> list[dict]:
-    encoded = tokenizer(examples.texts, truncation=True, max_length=max_length)
-    return [
-        {**{name: encoded[name][row] for name in encoded}, "labels": label}
-        for row, label in enumerate(examples.labels)
-    ]
 
 
 def _in_modules(modules: list[str]):
