@@ -63,9 +63,12 @@ test: $(PY)
 	$(MAKE) lint
 	$(PY) -m pytest
 
+# Files and the command line do not depend on the level.
+ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore tests/test_adapter.py
+
 levels:
-	C3A_CPU_LEVEL=x86-64-v3 $(PY) -m pytest --ignore tests/test_cli.py
-	C3A_CPU_LEVEL=x86-64-v2 $(PY) -m pytest --ignore tests/test_cli.py
+	C3A_CPU_LEVEL=x86-64-v3 $(PY) -m pytest $(ANY_LEVEL)
+	C3A_CPU_LEVEL=x86-64-v2 $(PY) -m pytest $(ANY_LEVEL)
 	C3A_CPU_LEVEL=aten $(PY) -m pytest tests/test_operator.py tests/test_rules.py tests/test_linear.py
 
 # SECONDS of random calls from SEED on, at every instruction set, and of 8 threads.

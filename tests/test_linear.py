@@ -303,14 +303,24 @@ def by_torchao(linear):
     return model[0]
 
 
+def by_torchao_in_four_bits(linear):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(linear)
+    config = quantization.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4)
+    quantization.quantize_(model, config)
+    return model[0]
+
+
 @pytest.mark.filterwarnings("ignore:.*(deprecated|reduce_range|TypedStorage)")
-@pytest.mark.parametrize("make", [quantised_dynamically, IntegerActivations, by_torchao])
+@pytest.mark.parametrize(
+    "make", [quantised_dynamically, IntegerActivations, by_torchao, by_torchao_in_four_bits]
+)
 def test_a_base_that_cuts_the_graph_is_said_once(make, device, monkeypatch):
     if device.type != "cpu":
         pytest.skip("integer products are the CPU's")
     monkeypatch.setattr(c3a.linear, "_CUTTING_BASES", set())
-    layers = [c3a.C3ALinear(make(nn.Linear(12, 8)), 4) for _ in range(2)]
-    x = torch.randn(3, 12)
+    layers = [c3a.C3ALinear(make(nn.Linear(32, 8)), 4) for _ in range(2)]
+    x = torch.randn(3, 32)
     layers[0](x)  # no gradient is wanted for the input: nothing is lost
     x.requires_grad_()
     with torch.no_grad():
@@ -322,13 +332,13 @@ def test_a_base_that_cuts_the_graph_is_said_once(make, device, monkeypatch):
     layers[0](x)
     layers[1](x)
     monkeypatch.setattr(c3a.linear, "_CUTTING_BASES", set())
-    layer = c3a.C3ALinear(nn.Linear(12, 8), 4)
+    layer = c3a.C3ALinear(nn.Linear(32, 8), 4)
     layer(x)
     layer.base_layer = base
     with pytest.warns(UserWarning, match="gradients do not pass through"):
         layer(x)
-    for base in (nn.Linear(12, 8), nn.Sequential(nn.Linear(12, 8), nn.Tanh())):
-        base.in_features, base.out_features = 12, 8
+    for base in (nn.Linear(32, 8), nn.Sequential(nn.Linear(32, 8), nn.Tanh())):
+        base.in_features, base.out_features = 32, 8
         c3a.C3ALinear(base, 4)(x)
         c3a.C3ALinear(base, 4)(x.tanh())
 

@@ -3,10 +3,13 @@
 import copy
 import gc
 import io
+import itertools
 import os
 import pickle
 import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -456,6 +459,56 @@ def test_many_threads_prepare_once():
     assert len(made) == 1
     assert len(results) == 8
     assert all(torch.equal(results[0], result) for result in results)
+
+
+def test_kernels_are_exchanged_while_others_infer_and_differentiate():
+    """No lock keeps the writer out: every result is that of one of the kernels."""
+    layer = c3a.C3ALinear(nn.Linear(64, 32), 16, init="gaussian", scale=0.5).requires_grad_(False)
+    kernels = [torch.randn_like(layer.c3a_kernel) for _ in range(3)]
+    layer.c3a_kernel.data = kernels[0].clone()
+    weight, bias = layer.base_layer.weight.double(), layer.base_layer.bias.double()
+    matrices = [weight + 0.5 * c3a.circulant(kernel.double()) for kernel in kernels]
+    end, wrong = time.monotonic() + 3, []
+
+    def infer():
+        while time.monotonic() < end:
+            x = torch.randn(2, 64)
+            with torch.no_grad():
+                y = layer(x)
+            exact = [x.double() @ matrix.T + bias for matrix in matrices]
+            if min(relative_error(y, one) for one in exact) > 1e-5:
+                wrong.append("a result")
+
+    def differentiate():
+        while time.monotonic() < end:
+            x = torch.randn(2, 64, requires_grad=True)
+            y = layer(x)
+            (dx,) = torch.autograd.grad(y.sum(), x)
+            y, given = y.detach(), x.detach().double()
+            errors = [
+                relative_error(y, given @ matrix.T + bias)
+                + relative_error(dx, matrix.sum(0).expand(2, 64))
+                for matrix in matrices
+            ]
+            if min(errors) > 1e-5:
+                wrong.append("a gradient, or one of another kernel than its result")
+
+    def write():
+        for turn in itertools.count():
+            if time.monotonic() > end:
+                return
+            kernel = kernels[turn % 3].clone()
+            if turn % 2:
+                layer.c3a_kernel = nn.Parameter(kernel, requires_grad=False)
+            else:
+                layer.c3a_kernel.data = kernel
+            time.sleep(0.001)
+
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(job) for job in (infer, infer, differentiate, differentiate, write)]
+    for job in jobs:
+        job.result()
+    assert not wrong
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])

@@ -35,7 +35,11 @@ ATTRIBUTES = [
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._VariableFunctions._unpack_dual",
     "torch.autograd.Function._compiled_autograd_key",
+    "torch.Tensor._base",
+    "torch.Tensor._is_view",
+    "torch.Tensor._is_zerotensor",
     "torch.Tensor._use_count",
+    "torch.Tensor._version",
     "torch.UntypedStorage._cdata",
     "torch._ops.OpOverload.redispatch",
     "torch._ops.OpOverload._schema",
@@ -66,6 +70,17 @@ def test_the_list_is_that_of_the_one_file_that_uses_them():
     assert set(NAMES) == imported_from_torch(PACKAGE / "_private.py") - {"torch.Tensor"}
 
 
+def attributes_of_torch(path: Path) -> set[str]:
+    """Return the private attributes that a file asks of torch's objects."""
+    names = {name.rpartition(".")[2] for name in NAMES + ATTRIBUTES}
+    found = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    return found & {name for name in names if name.startswith("_")}
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
 def test_no_other_file_uses_one(path):
     if path.name == "_private.py":
@@ -77,6 +92,7 @@ def test_no_other_file_uses_one(path):
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch._")
     }
     assert not imported
+    assert attributes_of_torch(path) == set()
     assert reached <= {"torch._check", "torch.__version__"}
 
 

@@ -127,8 +127,9 @@ def block_circ_conv_prepared(
         ``y`` of shape ``(..., m*b)``, contiguous, in ``x``'s dtype.
 
     Raises:
-        RuntimeError: a rule is broken, ``w_hat`` was not made by ``prepare`` (on the CPU this is
-            seen by what is in it, elsewhere by its shape), or ``x`` requires a gradient and
+        RuntimeError: a rule is broken, ``w_hat`` was not made by ``prepare`` or is a part of what
+            it made, the two are not of one ``w`` and ``scale`` (the CPU sees this by what is in
+            them, other devices see shapes only), or ``x`` requires a gradient and
             ``w_hat_transposed`` is missing.
 
     Differentiable any number of times in ``x``, in reverse and forward mode.
