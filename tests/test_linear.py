@@ -501,3 +501,52 @@ def test_results_that_do_not_lie_one_after_the_other_are_added_onto_all_the_same
     with torch.set_grad_enabled(grad):
         expected = STRANGE[kind]() + c3a.block_circ_conv(x, layer.c3a_kernel, layer.scale)
         torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_scale_of_a_merged_layer_may_change():
+    layer, x = adapted(), torch.randn(3, 12)
+    original = layer.base_layer.weight.detach().clone()
+    layer.merge()
+    layer.scale = 0.5
+    assert layer.merged
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, original)
+    expected = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected)
+    for wrong, error in (("x", TypeError), (float("nan"), ValueError), (0, ValueError)):
+        with pytest.raises(error, match="expected .*scale"):
+            layer.scale = wrong
+    assert layer.scale == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_merging_refuses_what_would_not_be_finite(dtype):
+    layer = adapted(base_dtype=dtype)
+    before = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        if dtype == torch.float16:  # finite, but more than the weight's dtype holds
+            layer.c3a_kernel.fill_(1e6)
+        else:
+            layer.c3a_kernel[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="numbers of the weight infinite or NaN .* safe=False"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer.base_layer.weight, before)
+    layer.merge(safe=False)
+    assert not layer.base_layer.weight.isfinite().all()
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_merging_a_model_names_the_layer_that_would_not_be_finite():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    c3a.patch_model(model, ["0", "1"], 4)
+    with torch.no_grad():
+        model[1].c3a_kernel.fill_(float("inf"))
+    for merge in (c3a.merge, lambda model: c3a.unpatch_model(model, merge=True)):
+        with pytest.raises(ValueError, match="c3a: 1: merging would make"):
+            merge(model)
+        assert not model[0].merged
+    c3a.merge(model, safe=False)
+    assert model[1].merged

@@ -120,7 +120,10 @@ def test_auto_takes_the_common_divisor_nearest_to_the_geometric_mean_over_rank(
         (["query"], 6, {"init": "ones"}, ValueError, "expected init to be one of"),
         (["query"], 6, {"dtype": torch.int8}, TypeError, "expected one of .* got dtype torch.int8"),
         ("*.query", 6, {}, ValueError, r"'\*.query' is not a regular expression"),
-        (["query"], "auto", {"rank": 0}, ValueError, "expected rank >= 1, got 0"),
+        (["query"], "auto", {"rank": 0}, ValueError, "expected rank to be a number >= 1, got 0"),
+        (["query"], "auto", {"rank": float("nan")}, ValueError, "number >= 1, got nan"),
+        (["query"], "auto", {"rank": "8"}, ValueError, "number >= 1, got '8'"),
+        (["query"], 6, {"scale": "x"}, TypeError, "expected scale to be a number, got str 'x'"),
         (["query"], "Auto", {}, ValueError, "a mapping from names to numbers, or 'auto', got"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,17 @@ from .prepared import PreparedKernel
 from .reference import circulant
 from .shapes import SUPPORTED_DTYPES, sums_dtype
 from .sizes import check_block_size, features, kernel_shape
+
+
+def _checked_scale(scale: float) -> float:
+    if not isinstance(scale, Real):
+        raise TypeError(
+            f"c3a.C3ALinear: expected scale to be a number, got {type(scale).__name__} {scale!r}"
+        )
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"c3a.C3ALinear: expected a finite scale other than 0, got {scale}")
+    return float(scale)
+
 
 INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "gaussian")
 
@@ -83,13 +95,11 @@ class C3ALinear(nn.Module):
             raise ValueError(f"c3a.C3ALinear: {error}") from None
         if init not in INITS:
             raise ValueError(f"c3a.C3ALinear: expected init to be one of {INITS}, got {init!r}")
-        scale = 1 / self.in_features if scale is None else float(scale)
-        if not math.isfinite(scale) or scale == 0:
-            raise ValueError(f"c3a.C3ALinear: expected a finite scale other than 0, got {scale}")
+        scale = 1 / self.in_features if scale is None else _checked_scale(scale)
 
         self.base_layer = base_layer
         self.block_size = block_size = int(block_size)
-        self.scale = scale
+        self._scale = scale
         self.init = init
         shape = kernel_shape(*sizes, block_size)
         device = next((t.device for t in [*base_layer.parameters(), *base_layer.buffers()]), None)
@@ -197,6 +207,19 @@ class C3ALinear(nn.Module):
         return circulant(kernel)[: self.out_features, : self.in_features] * self.scale
 
     @property
+    def scale(self) -> float:
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        scale = _checked_scale(value)
+        merged = self.merged
+        self.unmerge()
+        self._scale = scale
+        if merged:
+            self.merge()
+
+    @property
     def merged(self) -> bool:
         return bool(self._set_aside)
 
@@ -236,11 +259,19 @@ class C3ALinear(nn.Module):
             )
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, *, safe: bool = True) -> None:
         """Add the adapter to the base layer's weight: no cost at inference. Idempotent.
 
         The sum is computed in float32 at least and rounded once. The original weight is kept (its
         memory too) for ``unmerge``. A weight that other layers share stays as it is for them.
+
+        Args:
+            safe: look whether the merged weight is finite.
+
+        Raises:
+            TypeError: the base layer has no dense floating-point weight of its size.
+            ValueError: ``safe``, and the adapter makes numbers of the weight infinite or NaN; the
+                layer is then as it was.
         """
         if self.merged:
             return
@@ -250,6 +281,13 @@ class C3ALinear(nn.Module):
         delta = delta.T if self._is_conv1d else delta
         total = delta.to(torch.promote_types(delta.dtype, original.dtype)).add_(original)
         merged = torch.empty_like(original).copy_(total)
+        if safe and (spoilt := int((~merged.isfinite() & original.isfinite()).sum())):
+            kernel = "is finite" if self.c3a_kernel.isfinite().all() else "is not finite itself"
+            raise ValueError(
+                f"c3a: merging would make {spoilt} of {merged.numel()} numbers of the weight "
+                f"infinite or NaN in {merged.dtype} (the kernel {kernel}); pass safe=False to "
+                "merge all the same"
+            )
         self._set_aside = [nn.Parameter(merged, requires_grad=False)]
         if self.enabled:
             self._swap_weights()

@@ -1,9 +1,11 @@
 """Patching a whole model in place: choosing layers and block sizes, wrapping, and undoing it."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import nn
@@ -128,8 +130,8 @@ def plan_patch(
         )
     saved = _resolve_modules_to_save(model, modules_to_save)
     targets = _resolve_targets(model, target_modules, saved)
-    if rank < 1:
-        raise ValueError(f"c3a.patch_model: expected rank >= 1, got {rank}")
+    if not isinstance(rank, Real) or not 1 <= rank < math.inf:
+        raise ValueError(f"c3a.patch_model: expected rank to be a number >= 1, got {rank!r}")
     if isinstance(block_size, str) and block_size != "auto":
         raise ValueError(
             "c3a.patch_model: expected block_size to be a number, a mapping from names to numbers, "
@@ -190,23 +192,24 @@ def apply_patch(
     return model
 
 
-def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
+def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -> nn.Module:
     """Take the adapters out of a model, in place.
 
     Args:
         model: a patched model.
         merge: add each adapter to its layer's weight first, and keep no copy of the original. By
             default the weights are as before the patch, bit for bit.
+        safe: with ``merge``, look whether the merged weights are finite.
 
     Returns:
         The same model, without ``C3ALinear`` layers; what was trainable before the patch is again.
 
     Raises:
-        TypeError: ``merge`` and a base layer that cannot take the adapter; the model is then as it
-            was.
+        TypeError, ValueError: ``merge`` and a base layer that cannot take the adapter, or ``safe``
+            and a weight that would not be finite; the model is then as it was.
     """
     if merge:
-        _merge_all(model)
+        _merge_all(model, safe)
     outer, model = model, unwrapped(model)
     while layers := adapted_layers(model):
         inner = {}
@@ -223,9 +226,13 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     return outer
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Merge every adapter of a model (``C3ALinear.merge``): all, or none where one cannot be."""
-    _merge_all(model)
+def merge(model: nn.Module, *, safe: bool = True) -> nn.Module:
+    """Merge every adapter of a model (``C3ALinear.merge``): all, or none where one cannot be.
+
+    Raises:
+        TypeError, ValueError: as ``C3ALinear.merge``, with the layer's name.
+    """
+    _merge_all(model, safe)
     return model
 
 
@@ -265,12 +272,16 @@ def _replace_children(model: nn.Module, replacements: Mapping[int, nn.Module]) -
                 setattr(parent, name, replacements[id(child)])
 
 
-def _merge_all(model: nn.Module) -> None:
+def _merge_all(model: nn.Module, safe: bool) -> None:
     done = []
     try:
-        for layer in adapted_layers(model).values():
+        for name, layer in adapted_layers(model).items():
             if not layer.merged:
-                layer.merge()
+                try:
+                    layer.merge(safe=safe)
+                except (TypeError, ValueError) as error:
+                    said = str(error).removeprefix("c3a: ")
+                    raise type(error)(f"c3a: {name}: {said}") from None
                 done.append(layer)
     except Exception:
         for layer in done:
