@@ -51,6 +51,7 @@ def nameless(monkeypatch):
     "mistake", [silent, unchecked_dtypes, unchecked_types, changed_first, nameless]
 )
 def test_a_mistake_is_reported_with_the_command_that_repeats_it(mistake, monkeypatch, capsys):
+    monkeypatch.setattr(fuzz_files, "MOST_FAILURES", 1)
     with monkeypatch.context() as patched:
         mistake(patched)
         assert fuzz_files.main(["--seconds", "60", "--seed", "5"]) == 1
