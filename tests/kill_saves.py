@@ -73,7 +73,7 @@ def is_torn(folder: Path) -> bool:
     if not config.exists():
         return (folder / adapter.WEIGHTS).exists()
     on_disk = json.loads(config.read_text())
-    return on_disk != adapter.read_config(folder)
+    return on_disk != adapter.read_adapter(folder).config
 
 
 def left_behind(folder: Path) -> list[str]:

@@ -384,16 +384,16 @@ def test_the_older_configuration_is_passed_over_also_where_it_fits(tmp_path):
     save_torn(new, new, tmp_path)
     edit_config(tmp_path, base_model_name_or_path="older")
     edited = (tmp_path / adapter.CONFIG).read_bytes()
-    assert adapter.read_config(tmp_path)["base_model_name_or_path"] == "older"
+    assert adapter.read_adapter(tmp_path).config["base_model_name_or_path"] == "older"
     c3a.save_adapter(new, tmp_path)
     (tmp_path / adapter.CONFIG).write_bytes(edited)
-    assert adapter.read_config(tmp_path)["base_model_name_or_path"] is None
+    assert adapter.read_adapter(tmp_path).config["base_model_name_or_path"] is None
 
 
 def test_a_configuration_edited_by_hand_counts(tmp_path):
     saved(tmp_path)
     edit_config(tmp_path, base_model_name_or_path="mine", target_modules=r".*\.query")
-    assert adapter.read_config(tmp_path)["base_model_name_or_path"] == "mine"
+    assert adapter.read_adapter(tmp_path).config["base_model_name_or_path"] == "mine"
     c3a.load_adapter(Model(), tmp_path)
     edit_config(tmp_path, target_modules=["out"])
     with pytest.raises(ValueError, match=r"unknown: base_model.model.blocks.0.query.c3a_kernel"):

@@ -23,11 +23,8 @@ from .adapter_files import (
     WEIGHTS,
     Adapter,
     kernel_key,
-    kernels,
     read,
     read_adapter,
-    read_config,
-    read_tensors,
     said_by,
     write,
 )
@@ -47,11 +44,8 @@ __all__ = [
     "CONFIG",
     "WEIGHTS",
     "Adapter",
-    "kernels",
     "load_adapter",
     "read_adapter",
-    "read_config",
-    "read_tensors",
     "save_adapter",
 ]
 _INIT_WEIGHTS = {"zeros": True}  # PEFT's name for it; the others are the same

@@ -42,7 +42,11 @@ class Adapter(NamedTuple):
     @property
     def kernels(self) -> dict[str, Tensor]:
         """The kernels by layer, as stored (scale ``1 / in_features``)."""
-        return kernels(self.tensors)
+        return {
+            key.removeprefix(PREFIX).removesuffix(_KERNEL): tensor
+            for key, tensor in self.tensors.items()
+            if key.endswith(_KERNEL)
+        }
 
 
 def _is_number(value: object) -> bool:
@@ -113,25 +117,6 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     with said_by("c3a"):
         return read(Path(folder))
-
-
-def read_config(folder: str | Path) -> dict:
-    """Return the configuration alone, as ``read_adapter`` does."""
-    return read_adapter(folder).config
-
-
-def read_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """Return the tensors alone, as ``read_adapter`` does."""
-    return read_adapter(folder).tensors
-
-
-def kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the kernels of an adapter file by layer, as stored (scale ``1 / in_features``)."""
-    return {
-        key.removeprefix(PREFIX).removesuffix(_KERNEL): tensor
-        for key, tensor in tensors.items()
-        if key.endswith(_KERNEL)
-    }
 
 
 def kernel_key(layer: str) -> str:

@@ -29,7 +29,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the table and draw the picture."""
-    from ..adapter import kernels, read_config, read_tensors
+    from ..adapter import read_adapter
     from ..reference import rank, singular_values
 
     picture = options.output or options.adapter / "spectra.png"
@@ -38,8 +38,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"expected --output to end in .{', .'.join(_FORMATS)}, got {picture}")
     if picture.is_dir():
         raise ValueError(f"expected --output to be a file, {picture} is a folder")
-    read_config(options.adapter)
-    found = kernels(read_tensors(options.adapter))
+    found = read_adapter(options.adapter).kernels
     if not found:
         raise ValueError(f"{options.adapter} holds no c3a_kernel")
     for layer, kernel in found.items():

@@ -12,7 +12,7 @@ from torch import nn
 import c3a
 
 from ..adapter import CONFIG as ADAPTER_CONFIG
-from ..adapter import read_config
+from ..adapter import read_adapter
 from ..patch import matches
 from ..sizes import features
 from .failures import brief, working_on
@@ -242,7 +242,7 @@ def load_base(adapter: Path, source: str | None):
         ValueError: the base has other sizes than the adapter's configuration says, or does not hold
             its model's weights: all but those of the modules that the adapter brings.
     """
-    config = read_config(adapter)
+    config = read_adapter(adapter).config
     named = source or config.get("base_model_name_or_path")
     if not named:
         raise ValueError(f"{adapter} does not say which model it is for; pass --model")
