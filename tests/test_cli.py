@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -478,9 +479,17 @@ class TestHub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
         answer(httpx.ConnectError("Name or service not known"))
         output = tmp_path / "out"
+        looked_up = []
+        real = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda *a, **k: looked_up.append(a) or real(*a, **k)
+        )
         assert main(arguments("someone/tiny", reviews, output, "--steps", "1")) == 0
         assert json.loads((output / "metrics.json").read_text())["model"] == "someone/tiny"
         assert main(["merge", str(output), str(tmp_path / "merged")]) == 0
+        assert looked_up == []
+        config = json.loads((output / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "someone/tiny"
 
 
 @pytest.fixture
