@@ -529,6 +529,12 @@ def test_a_bad_cpu_level_is_one_line_and_an_empty_one_is_none(level, status):
         assert done.stderr.count("\n") == 1
 
 
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "run", lambda options: torch.empty(2**55))
+    assert main(["finetune"]) == 2
+    assert capsys.readouterr().err.startswith("c3a: out of memory; a smaller --batch-size")
+
+
 def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(finetune, "run", lambda options: options.no_such_thing)
     with pytest.raises(AttributeError, match="no_such_thing"):
