@@ -80,6 +80,7 @@ fuzz:
 		C3A_CPU_LEVEL=$$level $(PY) tests/fuzz.py --seconds $(SECONDS) --seed $(SEED) || exit 1; done
 	$(PY) tests/stress.py --seconds $(SECONDS)
 	$(PY) tests/fuzz_files.py --seconds $(SECONDS) --seed $(SEED)
+	$(PY) tests/fuzz_cli.py --seconds $(SECONDS) --seed $(SEED)
 	$(PY) tests/kill_saves.py --kills 500 --seed $(SEED)
 
 SANITIZED := build/sanitized

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -478,9 +479,17 @@ class TestHub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
         answer(httpx.ConnectError("Name or service not known"))
         output = tmp_path / "out"
+        looked_up = []
+        real = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda *a, **k: looked_up.append(a) or real(*a, **k)
+        )
         assert main(arguments("someone/tiny", reviews, output, "--steps", "1")) == 0
         assert json.loads((output / "metrics.json").read_text())["model"] == "someone/tiny"
         assert main(["merge", str(output), str(tmp_path / "merged")]) == 0
+        assert looked_up == []
+        config = json.loads((output / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "someone/tiny"
 
 
 @pytest.fixture
@@ -518,6 +527,12 @@ def test_a_bad_cpu_level_is_one_line_and_an_empty_one_is_none(level, status):
         expected = "c3a: expected C3A_CPU_LEVEL to be one of this machine's levels ("
         assert done.stderr.startswith(expected)
         assert done.stderr.count("\n") == 1
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "run", lambda options: torch.empty(2**55))
+    assert main(["finetune"]) == 2
+    assert capsys.readouterr().err.startswith("c3a: out of memory; a smaller --batch-size")
 
 
 def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):

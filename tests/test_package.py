@@ -139,7 +139,7 @@ def test_the_core_needs_torch_and_safetensors_only():
     """Import the package with nothing else of the extras at hand."""
     code = """
 import sys
-extras = ("transformers", "peft", "accelerate", "pandas", "matplotlib", "rich", "numpy", "scipy")
+extras = ("transformers", "peft", "accelerate", "matplotlib", "rich", "numpy", "scipy")
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in extras:

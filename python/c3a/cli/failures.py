@@ -18,9 +18,8 @@ def line_for(error: Exception) -> str | None:
     Bad input is a ValueError or an OSError everywhere. Other kinds are meant for the user only
     where one of our own checks raised them, which its message begins by saying.
     """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate mem" in str(
-        error
-    ):
+    is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if is_memory or "can't allocate memory" in str(error):
         return "out of memory; a smaller --batch-size, --max-length or --rank needs less"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"

@@ -29,6 +29,8 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the table and draw the picture."""
+    import matplotlib  # noqa: F401 - if it is not there, that is to be known before the table
+
     from ..adapter import read_adapter
     from ..reference import rank, singular_values
 

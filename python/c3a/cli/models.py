@@ -13,7 +13,7 @@ import c3a
 
 from ..adapter import CONFIG as ADAPTER_CONFIG
 from ..adapter import read_adapter
-from ..patch import matches
+from ..names import matches
 from ..sizes import features
 from .failures import brief, working_on
 
@@ -61,23 +61,23 @@ def find(source: str) -> dict:
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"{expected}, there is no folder {source}")
     with working_on(f"{expected}, there is no folder {source} here", ValueError):
-        return _arguments(source, here=not _is_on_hub(source))
+        cached = _cached_where_the_hub_is_not_reached(source)
+    if cached is not None:
+        # by name, transformers asks the hub for some files even if told to use local ones only
+        return _in_folder(cached)
+    return {"pretrained_model_name_or_path": source, "trust_remote_code": False}
 
 
 def _in_folder(folder: Path) -> dict:
-    return _arguments(str(folder), here=True)
-
-
-def _arguments(source: str, here: bool) -> dict:
     return {
-        "pretrained_model_name_or_path": source,
-        "local_files_only": here,
+        "pretrained_model_name_or_path": str(folder),
+        "local_files_only": True,
         "trust_remote_code": False,
     }
 
 
-def _is_on_hub(name: str) -> bool:
-    """Return whether the hub answers for this name, else whether the cache does; or ValueError."""
+def _cached_where_the_hub_is_not_reached(name: str) -> Path | None:
+    """Return None if the hub has the model, else its folder in the cache, or raise ValueError."""
     hub = huggingface_hub.constants.ENDPOINT
     try:
         # from_pretrained itself would ask for one file after another, five times with pauses
@@ -87,12 +87,13 @@ def _is_on_hub(name: str) -> bool:
     except huggingface_hub.errors.RepositoryNotFoundError:
         raise ValueError(f"and no public model of that name at {hub}") from None
     except Exception as error:  # the hub's, or of the library that it connects by
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-            return False
+        cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent
         raise ValueError(
             f"the local cache has no such model, and {hub} cannot be reached ({brief(error)})"
         ) from None
-    return True
+    return None
 
 
 def load_classifier(source: str, names: list[str]):
@@ -111,6 +112,7 @@ def load_classifier(source: str, names: list[str]):
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    model.name_or_path = model.config._name_or_path = source  # as adapters are to name it
     base = model.base_model_prefix
     head = [name for name, child in model.named_children() if name != base and has_any(child)]
     _check_weights(model, report, [*head, *_OPTIONAL], source)
