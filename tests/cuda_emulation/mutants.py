@@ -154,8 +154,8 @@ MUTANTS = [
     Mutant(
         "the last numbers of a conversion are left out",
         "cuda/spectral.cu",
-        "e < size; e += grid_stride()) {\n    out[e] = onto",
-        "e < 0; e += grid_stride()) {\n    out[e] = onto",
+        "e < size; e += grid_stride()) {\n    out[e] = added",
+        "e < 0; e += grid_stride()) {\n    out[e] = added",
         "chunks_of_tokens",
     ),
     Mutant(
@@ -280,8 +280,8 @@ MUTANTS = [
     Mutant(
         "a prepared kernel's layout follows the setting",
         "cuda/cuda.cpp",
-        "if (has_fused_layout(c.p.b, type)) return steps",
-        'if (has_fused_layout(c.p.b, type) && controls.path() != "cufft") return steps',
+        "if (has_fused_layout(b, type)) return steps",
+        'if (has_fused_layout(b, type) && controls.path() != "cufft") return steps',
         "the_other_path",
     ),
     Mutant(
