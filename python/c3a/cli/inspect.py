@@ -66,11 +66,6 @@ def _in_order(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _check_kernel(kernel: Tensor, where: str) -> None:
-    if kernel.dim() != 3 or not kernel.numel():
-        raise ValueError(
-            f"{where}: expected a kernel of shape (m, n, b), none of them 0, got "
-            f"{tuple(kernel.shape)}"
-        )
     # a spectrum is finite where its kernel is, but for float64's largest numbers
     if not torch.fft.fft(kernel.double()).isfinite().all():
         raise ValueError(f"{where}: expected a kernel of finite numbers, of moderate size")
