@@ -10,15 +10,11 @@ subnormal numbers need no tolerances of their own. A result is judged block by b
 bounds its rounding, the norm of the terms that were summed the errors of sums and transforms.
 """
 
-import argparse
-import itertools
 import math
 import os
 import random
 import sys
-import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +23,7 @@ import torch
 from torch import Tensor
 
 import c3a
+import fuzzing
 from cases import DTYPES, TOLERANCE
 
 OPS = torch.ops.c3a
@@ -45,7 +42,6 @@ UNITS = {
 }
 DENSE_NUMBERS = 2_500_000  # of a dense matrix, and
 DENSE_PRODUCTS = 100_000_000  # of its product with all tokens
-MOST_FAILURES = 10
 
 
 class Wrong(Exception):
@@ -655,40 +651,19 @@ def run_case(seed: int, number: int, device: str) -> tuple[str, str | None, Draw
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = fuzzing.parser(__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--case", type=int, help="run this one alone and say how it was drawn")
     options = parser.parse_args(argv)
     seed, device = options.seed, options.device
     level = os.environ.get("C3A_CPU_LEVEL", "the best")
     print(f"seed {seed}, device {device}, CPU level {level}", flush=True)
-    if options.case is not None:
-        kind, wrong, draw = run_case(seed, options.case, device)
-        print(*draw.facts, wrong or f"{kind}: right", sep="\n")
-        return int(wrong is not None)
 
-    kinds, failures, start, shown = Counter(), 0, time.monotonic(), 0.0
-    for number in itertools.count():
-        seconds = time.monotonic() - start
-        if seconds >= options.seconds or failures == MOST_FAILURES:
-            break
-        if seconds >= shown + 0.5:
-            shown = seconds
-            print(f"\r{number} cases, {failures} failures, {seconds:.0f} s", end="", flush=True)
+    def one(number: int):
         kind, wrong, draw = run_case(seed, number, device)
-        kinds[kind] += 1
-        if wrong is not None:
-            failures += 1
-            elsewhere = "" if device == "cpu" else f" --device {device}"
-            command = f"python tests/fuzz.py --seed {seed} --case {number}{elsewhere}"
-            last = wrong.strip().splitlines()[-1]
-            print(f"\r{command}  # {'; '.join(draw.facts[:1])}: {last}", flush=True)
-    print(f"\r{number} cases, {failures} failures, {seconds:.0f} s")
-    for kind, count in sorted(kinds.items()):
-        print(f"{count:8} {kind}")
-    return int(failures > 0)
+        return kind, wrong, draw.facts
+
+    elsewhere = "" if device == "cpu" else f" --device {device}"
+    return fuzzing.run(options, f"python tests/fuzz.py{elsewhere} --seed {seed}", one)
 
 
 if __name__ == "__main__":

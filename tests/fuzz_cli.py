@@ -8,11 +8,9 @@ to say why, in a person's words, and leave nothing new. A failure prints the com
 just that case; the exit status is 1 if there was one.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
@@ -20,10 +18,8 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import c3a
+import fuzzing
 from c3a.cli import main as cli
 from tiny_model import write_model, write_reviews
 
-MOST_FAILURES = 10
 NUMBERS = ("0", "-1", "1", "2", "3", "7", "24", "31", "1e9", "nan", "inf", "-inf", "", "x", "0x10")
 NUMBERS += ("1e-320", str(2**31), str(2**63), str(10**400), "1.5", "1_0", "٣", "--")
 VALUES = (None, True, False, 0, 1, -1, 3, 2**40, 10**400, 1.5, float("nan"), float("inf"), "", "x")
@@ -442,35 +438,18 @@ def run_case(seed: int, number: int, prepared: Path) -> tuple[str | None, Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="run this one alone and say how it was drawn")
-    options = parser.parse_args(argv)
+    options = fuzzing.parser(__doc__).parse_args(argv)
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="c3a-fuzz-") as name:
         prepared = Path(name)
         originals(prepared)
-        if options.case is not None:
-            wrong, case = run_case(options.seed, options.case, prepared)
-            print(*case.facts, wrong or "right", sep="\n")
-            return int(wrong is not None)
-        endings, failures, start = Counter(), 0, time.monotonic()
-        for number in itertools.count():
-            if time.monotonic() - start >= options.seconds or failures == MOST_FAILURES:
-                break
+
+        def one(number: int):
             wrong, case = run_case(options.seed, number, prepared)
             ending = case.facts[-1].split(":")[0] if wrong is None else "failed"
-            endings[f"{case.facts[0]}, {ending}"] += 1
-            if wrong is not None:
-                failures += 1
-                command = f"python tests/fuzz_cli.py --seed {options.seed} --case {number}"
-                last = wrong.strip().splitlines()[-1]
-                print(f"{command}  # {case.facts[0]}: {last[:200]}", flush=True)
-    print(f"{number} cases, {failures} failures, {time.monotonic() - start:.0f} s")
-    for kind, count in sorted(endings.items()):
-        print(f"{count:8} {kind}")
-    return int(failures > 0)
+            return f"{case.facts[0]}, {ending}", wrong, case.facts
+
+        return fuzzing.run(options, f"python tests/fuzz_cli.py --seed {options.seed}", one)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ one line that names the folder, and the model is as it was. A failure prints the
 repeats it; the exit status is 1 if there was one.
 """
 
-import argparse
-import itertools
 import json
 import os
 import random
@@ -20,7 +18,6 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,6 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import c3a
+import fuzzing
 from c3a import adapter
 
 PATCHES = [
@@ -57,7 +55,6 @@ PATTERNS = (
     *(r".*\.query", "(.+)+X", "(", "[", r"\d+", "query|out", r"blocks\.\d+\.(query|out)", "(?P<a>"),
     *(r"(?i)QUERY", r".*\.(query|out)$", "a{99999999999}", "((((((((a))))))))", r"(a)(?(1)b|c)"),
 )
-MOST_FAILURES = 10
 
 
 class Block(nn.Module):
@@ -317,35 +314,17 @@ def run_case(seed: int, number: int, saved: Path) -> tuple[str, str | None, Draw
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="run this one alone and say how it was drawn")
-    options = parser.parse_args(argv)
+    options = fuzzing.parser(__doc__).parse_args(argv)
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         saved = Path(name)
         save_all(saved)
-        if options.case is not None:
-            came, wrong, draw = run_case(options.seed, options.case, saved)
-            print(*draw.facts, wrong or came, sep="\n")
-            return int(wrong is not None)
-        kinds, failures, start = Counter(), 0, time.monotonic()
-        for number in itertools.count():
-            seconds = time.monotonic() - start
-            if seconds >= options.seconds or failures == MOST_FAILURES:
-                break
+
+        def one(number: int):
             came, wrong, draw = run_case(options.seed, number, saved)
-            kinds[came] += 1
-            if wrong is not None:
-                failures += 1
-                command = f"python tests/fuzz_files.py --seed {options.seed} --case {number}"
-                last = wrong.strip().splitlines()[-1]
-                print(f"{command}  # {'; '.join(draw.facts[:2])[:200]}: {last}", flush=True)
-    print(f"{number} cases, {failures} failures, {seconds:.0f} s")
-    for kind, count in sorted(kinds.items()):
-        print(f"{count:8} {kind}")
-    return int(failures > 0)
+            return came, wrong, draw.facts
+
+        return fuzzing.run(options, f"python tests/fuzz_files.py --seed {options.seed}", one)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 import c3a
 import fuzz_files
+import fuzzing
 from c3a import adapter, adapter_files
 
 
@@ -51,7 +52,7 @@ def nameless(monkeypatch):
     "mistake", [silent, unchecked_dtypes, unchecked_types, changed_first, nameless]
 )
 def test_a_mistake_is_reported_with_the_command_that_repeats_it(mistake, monkeypatch, capsys):
-    monkeypatch.setattr(fuzz_files, "MOST_FAILURES", 1)
+    monkeypatch.setattr(fuzzing, "MOST_FAILURES", 1)
     with monkeypatch.context() as patched:
         mistake(patched)
         assert fuzz_files.main(["--seconds", "60", "--seed", "5"]) == 1
