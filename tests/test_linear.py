@@ -2,6 +2,9 @@
 
 import copy
 import io
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -180,19 +183,20 @@ def test_state_dict_is_the_same_merged_or_not_and_loads_either_way():
     assert other.merged
     assert torch.equal(other(x), layer(x))
     other.unmerge()
-    assert torch.equal(other.weight, expected["base_layer.weight"])
+    assert torch.equal(other.base_layer.weight, expected["base_layer.weight"])
 
 
 def test_a_merged_layer_moves_and_converts_with_its_original_weight():
     layer = adapted()
-    original = layer.weight.detach().clone()
+    original = layer.base_layer.weight.detach().clone()
     layer.merge()
     parameter = layer._set_aside[0]
     layer.to(torch.float64)
     layer.unmerge()
-    assert layer.weight is parameter  # the object, lest a tie is broken
-    assert layer.weight.dtype == torch.float64
-    assert torch.equal(layer.weight, original.double())
+    weight = layer.base_layer.weight
+    assert weight is parameter  # the object, lest a tie is broken
+    assert weight.dtype == torch.float64
+    assert torch.equal(weight, original.double())
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -550,3 +554,92 @@ def test_merging_a_model_names_the_layer_that_would_not_be_finite():
         assert not model[0].merged
     c3a.merge(model, safe=False)
     assert model[1].merged
+
+
+def test_merging_into_a_weight_that_stands_for_another_is_refused():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(32, 8))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    layer = c3a.C3ALinear(model[0], 4, init="gaussian")
+    assert layer.weight is layer.base_layer.weight
+    with pytest.raises(TypeError, match="expected a dense floating-point weight .* got a .*Tensor"):
+        layer.merge()
+
+
+@pytest.mark.parametrize("what", ["weight", "kernel"])
+def test_merging_without_values_is_refused(what):
+    layer = adapted()
+    (layer.base_layer if what == "weight" else layer).to("meta")
+    if what == "kernel":
+        layer.base_layer.to_empty(device="cpu")
+    with pytest.raises(ValueError, match=f"cannot merge: the {what} is on the meta device"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_the_kernel_on_an_offloaded_base_is_where_the_base_computes(device):
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(3, 12)
+    before = model(x)
+    accelerate.cpu_offload(model, execution_device=device)
+    assert model[0].weight.is_meta
+    c3a.patch_model(model, ["0", "2"], 4)
+    for layer in (model[0], model[2]):
+        assert layer.c3a_kernel.device.type == device.type
+    torch.testing.assert_close(model(x), before)
+    with torch.no_grad():
+        model[0].c3a_kernel.normal_()
+    assert not torch.allclose(model(x), before)
+    for merge in (c3a.merge, lambda model: c3a.unpatch_model(model, merge=True)):
+        with pytest.raises(ValueError, match="c3a: 0: cannot merge: the weight is on the meta"):
+            merge(model)
+        assert isinstance(model[0], c3a.C3ALinear)
+
+
+# Merging while other threads run the layer
+
+
+@pytest.mark.parametrize("exchange", ["merge", "enable"])
+def test_calls_of_other_threads_see_the_weights_before_or_after_an_exchange(exchange):
+    layer = adapted(64, 64, 16)
+    if exchange == "enable":
+        layer.merge()
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        expected = [layer(x)]
+        if exchange == "enable":
+            layer.enabled = False
+            expected.append(layer(x))
+            layer.enabled = True
+    stop, wrong, calls = threading.Event(), [], [0] * 4
+
+    def call(number):
+        while not stop.is_set():
+            with torch.no_grad():
+                y = layer(x)
+            calls[number] += 1
+            if min((y - e).abs().max().item() for e in expected) > 1e-4:
+                wrong.append(y)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            if exchange == "merge":
+                layer.merge()
+                layer.unmerge()
+            else:
+                layer.enabled = False
+                layer.enabled = True
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(switching)
+    assert min(calls) > 10
+    assert not wrong, f"{len(wrong)} of {sum(calls)}"

@@ -163,16 +163,6 @@ def test_a_compiled_model_is_patched_and_unpatched_inside():
     assert snapshot(inner) == before
 
 
-def test_layers_that_their_owner_reads_instead_of_calling_are_refused():
-    for model, target in (
-        (nn.TransformerEncoderLayer(8, 2), ["linear1"]),
-        (nn.MultiheadAttention(8, 2), ["out_proj"]),
-    ):
-        model = nn.Sequential(model)
-        with pytest.raises(TypeError, match="reads its weight instead of calling it"):
-            c3a.patch_model(model, target, 2)
-
-
 def test_a_layer_in_two_places_is_wrapped_once():
     shared = nn.Linear(4, 4)
     model = c3a.patch_model(nn.Sequential(shared, nn.ReLU(), shared), ["0"], 2)

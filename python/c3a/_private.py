@@ -16,6 +16,7 @@ from torch._C import (
     _AutoDispatchBelowADInplaceOrView,
     _AutoDispatchBelowAutograd,
     _DisableAutocast,
+    _disabled_torch_function_impl,
     _functorch,
     _get_privateuse1_backend_name,
     _get_tracing_state,
@@ -44,9 +45,12 @@ __all__ = [
     "is_plain",
     "is_sole_owner",
     "kernels_only",
+    "no_torch_function",
     "privateuse1_device_type",
     "recorded_at_one_level",
+    "returns_views",
     "schema",
+    "tensor_without_memory",
     "version",
 ]
 
@@ -60,6 +64,9 @@ autocast_disabled = _DisableAutocast
 kernels_only = _AutoDispatchBelowADInplaceOrView
 forward_mode_enabled = _set_fwd_grad_enabled
 privateuse1_device_type = _get_privateuse1_backend_name
+no_torch_function = (
+    _disabled_torch_function_impl  # of a tensor class that the dispatcher asks alone
+)
 
 
 _unpack_dual = _VariableFunctions._unpack_dual  # found once: looking it up takes longer than it
@@ -112,6 +119,18 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
+def tensor_without_memory(cls: type, like: Tensor, device: torch.device) -> Tensor:
+    """Make a tensor of a class with ``__torch_dispatch__``: metadata alone."""
+    return Tensor._make_wrapper_subclass(
+        cls,
+        like.shape,
+        strides=like.stride(),
+        storage_offset=like.storage_offset(),
+        dtype=like.dtype,
+        device=device,
+    )
+
+
 def version(t: Tensor) -> int:
     """Return autograd's count of writes to a tensor."""
     return t._version
@@ -120,6 +139,12 @@ def version(t: Tensor) -> int:
 def schema(op):
     """Return an operator's schema."""
     return op._schema
+
+
+def returns_views(schema) -> bool:
+    """Return whether an operator's results are views of an argument."""
+    aliases = [result.alias_info for result in schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _owners(t: Tensor) -> tuple[int, ...]:

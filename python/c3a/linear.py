@@ -1,7 +1,10 @@
 """C3ALinear: a frozen layer plus a block-circulant adapter."""
 
 import math
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 
 import torch
@@ -19,6 +22,7 @@ from .prepared import PreparedKernel
 from .reference import circulant
 from .shapes import SUPPORTED_DTYPES, sums_dtype
 from .sizes import check_block_size, features, kernel_shape
+from .weight import AdaptedWeight, read
 
 
 def _checked_scale(scale: float) -> float:
@@ -30,6 +34,9 @@ def _checked_scale(scale: float) -> float:
         raise ValueError(f"c3a.C3ALinear: expected a finite scale other than 0, got {scale}")
     return float(scale)
 
+
+# One for all layers: a layer with a lock of its own could not be copied.
+_EXCHANGING = threading.Lock()
 
 INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "gaussian")
 
@@ -102,8 +109,9 @@ class C3ALinear(nn.Module):
         self._scale = scale
         self.init = init
         shape = kernel_shape(*sizes, block_size)
-        device = next((t.device for t in [*base_layer.parameters(), *base_layer.buffers()]), None)
-        self.c3a_kernel = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.c3a_kernel = nn.Parameter(
+            torch.empty(shape, dtype=dtype, device=_device_of(base_layer))
+        )
         self._pad = (
             shape[1] * block_size - self.in_features,
             shape[0] * block_size - self.out_features,
@@ -112,6 +120,8 @@ class C3ALinear(nn.Module):
         self._prepared = PreparedKernel()
         # The base layer that was looked at for passing gradients on, which is done once.
         self._passing_base: int | None = None
+        # Odd while the weights are being exchanged, and another number after it.
+        self._exchanges = 0
         # While merged, the one weight that the base layer does not use now: the original if
         # enabled, else the merged one. In a list, lest nn.Module registers it.
         self._set_aside: list[nn.Parameter] = []
@@ -137,7 +147,20 @@ class C3ALinear(nn.Module):
             self.c3a_kernel.uniform_(-bound[self.init], bound[self.init])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., in_features)`` to ``(..., out_features)``, in the base layer's own dtype."""
+        """Map ``(..., in_features)`` to ``(..., out_features)``, in the base layer's own dtype.
+
+        Another thread may merge, unmerge, enable or disable meanwhile: the result is then computed
+        anew, base layer and all.
+        """
+        if torch.compiler.is_compiling():
+            return self._forward(x)
+        while True:
+            exchanges = self._exchanges
+            y = self._forward(x)
+            if exchanges == self._exchanges and exchanges % 2 == 0:
+                return y
+
+    def _forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         if self.merged or not self.enabled:
             return y
@@ -150,7 +173,7 @@ class C3ALinear(nn.Module):
                 _warn_of_a_cut_graph(base, x, y)
         more_in, more_out = self._pad
         x = F.pad(x, (0, more_in)) if more_in else x
-        prepared = self._prepared_for(kernel, x, y) if is_plain else None
+        prepared = self._prepared_for(kernel, scale, x, y) if is_plain else None
         if more_out:
             if prepared:
                 delta = block_circ_conv_prepared(x, *prepared)
@@ -177,13 +200,13 @@ class C3ALinear(nn.Module):
         """
         self._prepared.make(self.c3a_kernel, self.scale, sums_dtype(self.c3a_kernel.dtype))
 
-    def _prepared_for(self, kernel: Tensor, x: Tensor, y: Tensor) -> tuple | None:
+    def _prepared_for(self, kernel: Tensor, scale: float, x: Tensor, y: Tensor) -> tuple | None:
         """Return ``(w_hat, block_size, w_hat_transposed)`` for a plain call, or None."""
         grad = torch.is_grad_enabled()
         if grad and kernel.requires_grad:
             return None
         dtype = sums_dtype(kernel.dtype, x.dtype, y.dtype)
-        found = self._prepared.get(kernel, self.scale, dtype, transposed=grad and x.requires_grad)
+        found = self._prepared.get(kernel, scale, dtype, transposed=grad and x.requires_grad)
         return found and (found[0], self.block_size, found[1])
 
     def train(self, mode: bool = True):
@@ -192,10 +215,23 @@ class C3ALinear(nn.Module):
             self._prepared.drop()
         return super().train(mode)
 
-    # Code outside that reads a layer's weight for its dtype or device finds the base layer's.
     @property
     def weight(self) -> Tensor:
-        return self.base_layer.weight
+        """The weight by which the layer is a linear one, for code that reads it.
+
+        ``base_layer.weight + delta_weight()`` in the base weight's dtype and layout, differentiable
+        in the kernel. Its dtype, device and shape cost nothing, the sum is made when something
+        computes with it (``c3a.weight.AdaptedWeight``). The base layer's own weight while merged or
+        disabled, and where it is not dense, as with quantised layers.
+        """
+        weight = self.base_layer.weight
+        if self.merged or not self.enabled or not self._is_dense(weight):
+            return weight
+        if weight.is_meta and not self.c3a_kernel.is_meta:  # offloaded
+            return weight
+        if isinstance(weight, AdaptedWeight) or _private.is_plain(weight, self.c3a_kernel):
+            return read(self)
+        return self.add_delta(weight, self.c3a_kernel)
 
     @property
     def bias(self) -> Tensor | None:
@@ -203,8 +239,21 @@ class C3ALinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """Return ``scale * circulant(c3a_kernel)``, ``(out_features, in_features)``, >= float32."""
-        kernel = self.c3a_kernel.to(torch.promote_types(self.c3a_kernel.dtype, torch.float32))
+        return self._delta(self.c3a_kernel)
+
+    def _delta(self, kernel: Tensor) -> Tensor:
+        kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
         return circulant(kernel)[: self.out_features, : self.in_features] * self.scale
+
+    def add_delta(self, weight: Tensor, kernel: Tensor) -> Tensor:
+        """Return a base weight plus what a kernel stands for, in the weight's dtype and layout.
+
+        The sum is computed in float32 at least and rounded once.
+        """
+        delta = self._delta(kernel).to(weight.device)
+        delta = delta.T if self._is_conv1d else delta
+        total = delta.to(torch.promote_types(delta.dtype, weight.dtype)).add_(weight)
+        return torch.empty_like(weight).copy_(total)
 
     @property
     def scale(self) -> float:
@@ -229,33 +278,34 @@ class C3ALinear(nn.Module):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        if self.merged and bool(value) != self._enabled:
-            self._swap_weights()
-        self._enabled = bool(value)
+        with self._exchanging():
+            if self.merged and bool(value) != self._enabled:
+                self._swap_weights()
+            self._enabled = bool(value)
 
     def check_mergeable(self) -> None:
-        """Raise TypeError unless the base layer has a dense floating-point weight of its size."""
+        """Raise TypeError unless the base layer has a dense floating-point weight of its size.
+
+        ValueError where the weight or the kernel is on the meta device, without values.
+        """
         weight = getattr(self.base_layer, "weight", None)
-        expected = (self.out_features, self.in_features)
-        if self._is_conv1d:
-            expected = expected[::-1]
         if isinstance(self.base_layer, C3ALinear):
             raise TypeError(
                 "c3a: cannot merge into another adapter; merge and unwrap that one first"
             )
-        if (
-            not isinstance(weight, nn.Parameter)
-            or not weight.dtype.is_floating_point
-            or tuple(weight.shape) != expected
-        ):
-            got = (
-                f"{weight.dtype} of shape {tuple(weight.shape)}"
-                if isinstance(weight, Tensor)
-                else type(weight).__name__
-            )
+        if not isinstance(weight, nn.Parameter) or not self._is_dense(weight):
+            got = type(weight).__name__
+            if isinstance(weight, Tensor):
+                got += f" of {weight.dtype} and shape {tuple(weight.shape)}"
             raise TypeError(
-                f"c3a: cannot merge into a {type(self.base_layer).__name__}: expected a "
-                f"floating-point weight of shape {expected}, got {got}"
+                f"c3a: cannot merge into a {type(self.base_layer).__name__}: expected a dense "
+                f"floating-point weight of shape {self._weight_shape}, got a {got}"
+            )
+        if weight.is_meta or self.c3a_kernel.is_meta:
+            what = "weight" if weight.is_meta else "kernel"
+            raise ValueError(
+                f"c3a: cannot merge: the {what} is on the meta device, where nothing has values; "
+                "merge before accelerate offloads the model, or load the whole model"
             )
 
     @torch.no_grad()
@@ -263,24 +313,22 @@ class C3ALinear(nn.Module):
         """Add the adapter to the base layer's weight: no cost at inference. Idempotent.
 
         The sum is computed in float32 at least and rounded once. The original weight is kept (its
-        memory too) for ``unmerge``. A weight that other layers share stays as it is for them.
+        memory too) for ``unmerge``. A weight that other layers share stays as it is for them. Other
+        threads may run the layer meanwhile, unless it is compiled.
 
         Args:
             safe: look whether the merged weight is finite.
 
         Raises:
             TypeError: the base layer has no dense floating-point weight of its size.
-            ValueError: ``safe``, and the adapter makes numbers of the weight infinite or NaN; the
-                layer is then as it was.
+            ValueError: weight or kernel is on the meta device; or ``safe``, and the adapter makes
+                numbers of the weight infinite or NaN. The layer is then as it was.
         """
         if self.merged:
             return
         self.check_mergeable()
         original = self.base_layer.weight
-        delta = self.delta_weight().to(original.device)
-        delta = delta.T if self._is_conv1d else delta
-        total = delta.to(torch.promote_types(delta.dtype, original.dtype)).add_(original)
-        merged = torch.empty_like(original).copy_(total)
+        merged = self.add_delta(original, self.c3a_kernel)
         if safe and (spoilt := int((~merged.isfinite() & original.isfinite()).sum())):
             kernel = "is finite" if self.c3a_kernel.isfinite().all() else "is not finite itself"
             raise ValueError(
@@ -288,21 +336,46 @@ class C3ALinear(nn.Module):
                 f"infinite or NaN in {merged.dtype} (the kernel {kernel}); pass safe=False to "
                 "merge all the same"
             )
-        self._set_aside = [nn.Parameter(merged, requires_grad=False)]
-        if self.enabled:
-            self._swap_weights()
+        with self._exchanging():
+            if not self.merged:  # another thread may have merged meanwhile
+                self._set_aside = [nn.Parameter(merged, requires_grad=False)]
+                if self.enabled:
+                    self._swap_weights()
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit. Idempotent."""
-        if not self.merged:
-            return
-        if self.enabled:
-            self._swap_weights()
-        self._set_aside = []
+        with self._exchanging():
+            if self.merged:
+                if self.enabled:
+                    self._swap_weights()
+                self._set_aside = []
+
+    @contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """Within the block, calls of the layer by other threads wait for its end."""
+        with _EXCHANGING:
+            self._exchanges += 1
+            try:
+                yield
+            finally:
+                self._exchanges += 1
 
     @property
     def _is_conv1d(self) -> bool:
         return not hasattr(self.base_layer, "in_features")  # weight is (in, out) there
+
+    @property
+    def _weight_shape(self) -> tuple[int, int]:
+        shape = (self.out_features, self.in_features)
+        return shape[::-1] if self._is_conv1d else shape
+
+    def _is_dense(self, weight: Tensor) -> bool:
+        """Return whether a weight holds the matrix itself, rather than what stands for it."""
+        return (
+            weight.dtype.is_floating_point
+            and tuple(weight.shape) == self._weight_shape
+            and not hasattr(type(weight), "__tensor_flatten__")
+        )
 
     def _swap_weights(self) -> None:
         self.base_layer.weight, self._set_aside[0] = self._set_aside[0], self.base_layer.weight
@@ -323,6 +396,18 @@ class C3ALinear(nn.Module):
             f"block_size={self.block_size}, scale={self.scale:.3g}, "
             f"parameters={self.c3a_kernel.numel()}{state}"
         )
+
+
+def _device_of(base_layer: nn.Module) -> torch.device | None:
+    """Return where a layer computes: for one that accelerate has offloaded, where it is taken."""
+    device = next((t.device for t in [*base_layer.parameters(), *base_layer.buffers()]), None)
+    if device is not None and device.type == "meta":
+        hook = getattr(base_layer, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            place = getattr(part, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    return device
 
 
 # A state dict always holds the original weight and the kernel, whether merged or not.

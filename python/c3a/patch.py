@@ -86,7 +86,7 @@ def patch_model(
     Raises:
         ValueError: nothing matched, a size does not divide, or the model is patched already; the
             message lists what there is. The model is then as it was.
-        TypeError: a target is not a linear layer, or one whose owner reads its weight directly.
+        TypeError: a target is not a linear layer.
     """
     inner = unwrapped(model)
     plan = plan_patch(
@@ -328,7 +328,6 @@ def _resolve_targets(
     model: nn.Module, targets: Targets, saved: tuple[str, ...]
 ) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if name}
-    reads_weight = _read_by_weight(model)
     if isinstance(targets, re.Pattern):
         pattern = targets
         chosen = [name for name in modules if pattern.fullmatch(name)]
@@ -337,9 +336,7 @@ def _resolve_targets(
         chosen = [
             name
             for name, module in modules.items()
-            if _is_innermost_linear(module)
-            and module is not outputs
-            and id(module) not in reads_weight
+            if _is_innermost_linear(module) and module is not outputs
         ]
     elif isinstance(targets, str):
         chosen = [name for name in modules if matches(targets, name)]
@@ -369,30 +366,12 @@ def _resolve_targets(
                 f"c3a.patch_model: {name} is a {type(module).__name__}, which has no in and out "
                 f"features; {_available(model)}"
             )
-        if owner := reads_weight.get(id(module)):
-            raise TypeError(
-                f"c3a.patch_model: {name} cannot be adapted: its owner, a {owner}, reads its "
-                "weight instead of calling it, so an adapter would have no effect"
-            )
     return {name: modules[name] for name in chosen}
 
 
 def _is_innermost_linear(module: nn.Module) -> bool:
     parts = [part for part in module.modules() if part is not module]
     return features(module) is not None and not any(features(part) for part in parts)
-
-
-def _read_by_weight(model: nn.Module) -> dict[int, str]:
-    """Return the layers whose owners read ``.weight`` instead of calling them, with the owner."""
-    found = {}
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found[id(module.out_proj)] = "MultiheadAttention"
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            # its fused path at inference
-            for layer in (module.linear1, module.linear2):
-                found[id(layer)] = "TransformerEncoderLayer"
-    return found
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -1,0 +1,195 @@
+"""The weight of an adapted layer, for code that reads it instead of calling the layer.
+
+Much code reads a layer's ``weight``: most of it for the dtype or the device, at every call, which
+must cost nothing; some of it to compute with, which must not leave the adapter out.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import _private
+
+
+class _Layer(Protocol):
+    """What is asked of a ``C3ALinear``."""
+
+    base_layer: nn.Module
+    c3a_kernel: nn.Parameter
+    scale: float
+
+    def add_delta(self, weight: Tensor, kernel: Tensor) -> Tensor: ...
+
+
+class AdaptedWeight(Tensor):
+    """``base_layer.weight + scale * circulant(c3a_kernel)``, added up anew by every computation.
+
+    Its dtype, device and shape are the base weight's, and cost nothing; nor do views of it. It is a
+    value, as the result of an addition is: writing to it, or computing with it after the layer has
+    changed, raises RuntimeError.
+    """
+
+    _sum: Callable[[], Tensor]
+    _addends: tuple[Tensor, ...]  # the base weight and the kernel; of a view none
+
+    @staticmethod
+    def __new__(
+        cls,
+        like: Tensor,
+        device: torch.device,
+        sum: Callable[[], Tensor],
+        addends: tuple[Tensor, ...] = (),
+    ) -> "AdaptedWeight":
+        self = _private.tensor_without_memory(cls, like, device)
+        self._sum, self._addends = sum, addends
+        return self
+
+    __torch_function__ = _private.no_torch_function
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = _private.schema(func)
+        for place, argument in enumerate(schema.arguments):
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            given = given if isinstance(given, list | tuple) else [given]
+            if argument.is_write and any(isinstance(t, cls) for t in given):
+                raise _written(func)
+        if args and isinstance(args[0], cls) and _private.returns_views(schema):
+            return _view(func, args[0], args[1:], kwargs)
+        return func(*_summed(args), **_summed(kwargs))
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _written("data")
+
+    @property
+    def requires_grad(self) -> bool:
+        addends = self._addends
+        return any(t.requires_grad for t in addends) if addends else super().requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self.requires_grad_(requires_grad)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "AdaptedWeight":
+        """Freeze or unfreeze the base layer's weight."""
+        if not self._addends:  # as nn.Parameter(layer.weight) asks
+            raise _written("requires_grad_")
+        self._addends[0].requires_grad_(requires_grad)
+        return self
+
+    # What needs memory gets the sum's.
+
+    def data_ptr(self) -> int:
+        raise RuntimeError(
+            "c3a: the weight of an adapted layer has no memory of its own; take "
+            "layer.weight.clone(), or layer.base_layer.weight without the adapter"
+        )
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if self.requires_grad and not force:
+            raise RuntimeError("c3a: the weight requires grad; use layer.weight.detach().numpy()")
+        return self._sum().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self._sum().tolist()
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self._sum()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._sum().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"AdaptedWeight({self._sum()!r}, requires_grad={self.requires_grad})"
+
+
+class _Read(torch.autograd.Function):
+    """Take the sum for a function of the base weight and the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: _Layer, weight: Tensor, kernel: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(kernel)
+        state = _state_of(layer)
+
+        @torch.no_grad()
+        def sum() -> Tensor:
+            if _state_of(layer) != state:
+                raise RuntimeError(
+                    "c3a: the layer has changed since its weight was read; read layer.weight again"
+                )
+            return layer.add_delta(weight, kernel)
+
+        return AdaptedWeight(weight, weight.device, sum, (weight, kernel))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        (kernel,) = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            kernel = kernel.detach().requires_grad_()
+            delta = ctx.layer.add_delta(torch.zeros_like(g), kernel)
+        (of_kernel,) = torch.autograd.grad(delta, kernel, g, create_graph=again)
+        return None, g if ctx.needs_input_grad[1] else None, of_kernel
+
+
+def read(layer: _Layer) -> Tensor:
+    """Return an adapted layer's weight: differentiable in kernel and base weight."""
+    return _Read.apply(layer, layer.base_layer.weight, layer.c3a_kernel)
+
+
+def _state_of(layer: _Layer) -> tuple:
+    """Return what tells whether a layer's weight is still what it was."""
+    parts = []
+    while hasattr(layer, "c3a_kernel"):
+        parts += [layer.scale, _version(layer.c3a_kernel)]
+        layer = layer.base_layer
+    return (*parts, _version(layer.weight))
+
+
+def _version(t: Tensor) -> tuple:
+    return id(t), None if t.is_inference() else _private.version(t)
+
+
+def _summed(value: Any) -> Any:
+    """Return an operator's arguments with each adapted weight replaced by its sum."""
+    if isinstance(value, AdaptedWeight):
+        return value._sum()
+    if isinstance(value, list | tuple):
+        return type(value)(_summed(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _summed(item) for key, item in value.items()}
+    return value
+
+
+def _view(func: Any, whole: AdaptedWeight, args: tuple, kwargs: dict) -> Any:
+    """Return views of an adapted weight that have no memory either."""
+
+    def views() -> Any:
+        return func(whole._sum(), *args, **kwargs)
+
+    like = torch.empty_strided(whole.shape, whole.stride(), dtype=whole.dtype, device="meta")
+    found = func(like, *args, **kwargs)
+    if isinstance(found, Tensor):
+        return AdaptedWeight(found, whole.device, views)
+    return [
+        AdaptedWeight(view, whole.device, lambda place=place: views()[place])
+        for place, view in enumerate(found)
+    ]
+
+
+def _written(what: object) -> RuntimeError:
+    return RuntimeError(
+        f"c3a: {what}: the weight of an adapted layer is a sum, which cannot be written to nor "
+        "made a parameter; write to layer.base_layer.weight, or take layer.weight.clone()"
+    )
