@@ -25,6 +25,7 @@ namespace cpu {
 
 #if defined(__x86_64__)
 extern const Level level_x86_64_v2, level_x86_64_v3, level_x86_64_v4;
+extern const Kernel<float, Pair> level_x86_64_v4_bf16;
 #else
 extern const Level level_native;
 #endif
@@ -33,21 +34,25 @@ namespace {
 
 struct Candidate {
   const char* name;
-  const Level* level;  // none: ATen's transforms
+  const Level* level;                // none: ATen's transforms
+  const Kernel<float, Pair>* pairs;  // none: bfloat16 is multiplied as floats
   bool runs_here;
 };
 
 std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
+  const bool v4 = __builtin_cpu_supports("x86-64-v4") != 0;
+  const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16") != 0;
   return {
-      {"x86-64-v4", &level_x86_64_v4, __builtin_cpu_supports("x86-64-v4") != 0},
-      {"x86-64-v3", &level_x86_64_v3, __builtin_cpu_supports("x86-64-v3") != 0},
-      {"x86-64-v2", &level_x86_64_v2, __builtin_cpu_supports("x86-64-v2") != 0},
-      {"aten", nullptr, true}};
+      {"x86-64-v4-bf16", &level_x86_64_v4, &level_x86_64_v4_bf16, bf16},
+      {"x86-64-v4", &level_x86_64_v4, nullptr, v4},
+      {"x86-64-v3", &level_x86_64_v3, nullptr, __builtin_cpu_supports("x86-64-v3") != 0},
+      {"x86-64-v2", &level_x86_64_v2, nullptr, __builtin_cpu_supports("x86-64-v2") != 0},
+      {"aten", nullptr, nullptr, true}};
 #elif defined(__aarch64__)
-  return {{"aarch64", &level_native, true}, {"aten", nullptr, true}};
+  return {{"aarch64", &level_native, nullptr, true}, {"aten", nullptr, nullptr, true}};
 #else
-  return {{"generic", &level_native, true}, {"aten", nullptr, true}};
+  return {{"generic", &level_native, nullptr, true}, {"aten", nullptr, nullptr, true}};
 #endif
 }
 
@@ -69,15 +74,19 @@ const Candidate& in_use() {
   return chosen;
 }
 
-template <class T>
-const Kernel<T>& kernel();
+template <class T, class S>
+const Kernel<T, S>& kernel();
 template <>
-const Kernel<float>& kernel() {
+const Kernel<float, float>& kernel() {
   return in_use().level->f32;
 }
 template <>
-const Kernel<double>& kernel() {
+const Kernel<double, double>& kernel() {
   return in_use().level->f64;
+}
+template <>
+const Kernel<float, Pair>& kernel() {
+  return *in_use().pairs;
 }
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -132,15 +141,15 @@ void parallel(
       0, count, grain, [&](int64_t begin, int64_t end) { f(begin, end, workspace.take()); });
 }
 
-// The products of one problem, y = x W^H with n blocks in and m out, tile by tile. A kernel's
-// spectra lie as (slots, n, m) complex numbers, real parts of all m before the imaginary ones.
-template <class T>
+// The products of one problem, y = x W^H with n blocks in and m out, tile by tile, computed in T with
+// spectra of S. A kernel's spectra lie as (slots, n, two planes, m).
+template <class T, class S>
 class Tiles {
  public:
   static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
   Tiles(const Problem& problem, const Plan& plan, const Tensor& like)
-      : p_(problem), f_(plan.transform<T>()), k_(kernel<T>()), like_(like), lanes_(choose()) {}
+      : p_(problem), f_(plan.transform<T>()), k_(kernel<T, S>()), like_(like), lanes_(choose()) {}
 
   // Spectra times scale and what the transforms leave: of w (m, n, b), or where `transposed` of the
   // matrix that w (n, m, b) is the transposed one of.
@@ -152,18 +161,19 @@ class Tiles {
     return w_hat;
   }
 
-  void fill_spectra(const Blocked& w, bool transposed, double scale, T* w_hat) const {
+  void fill_spectra(const Blocked& w, bool transposed, double scale, S* w_hat) const {
     const int64_t row = transposed ? p_.m * p_.b : p_.b, column = transposed ? p_.b : p_.n * p_.b;
-    const Spectra<T> out = kernel_spectra(w_hat);
+    const Spectra<S> out{w_hat, p_.n * 2 * p_.m, 2 * p_.m, p_.m};
+    const Role role = transposed ? Role::transposed_weights : Role::weights;
     const T factor = static_cast<T>(scale) / f_.gain();
     parallel(
         like_, p_.n, grain(p_.m * p_.b), sizeof(T) * f_.scratch(k_.lanes),
         [&](int64_t begin, int64_t end, char* scratch) {
           const Signals part{w.data + begin * row * bytes_of(w.type), w.type, row, column};
-          const Spectra<T> to{out.data + begin * out.row, out.slot, out.row, out.width};
+          const Spectra<S> to{out.data + begin * out.row, out.slot, out.row, out.width};
           Ahead nothing{};
           k_.analyse(
-              f_, part, end - begin, p_.m, factor, transposed, to, reinterpret_cast<T*>(scratch),
+              f_, part, end - begin, p_.m, factor, role, to, reinterpret_cast<T*>(scratch),
               nothing);
         });
   }
@@ -173,18 +183,17 @@ class Tiles {
       const Tensor& in, const Tensor& w_hat, const Tensor* base, const Tensor& out) const {
     const Blocked from(in, p_.n, p_.b), to(out, p_.m, p_.b);
     const int64_t tile = tile_tokens(2 * kTileBytes, 2);
-    const int64_t in_size = slab_size(p_.n, tile), out_size = slab_size(p_.m, tile);
+    const int64_t in_size = slab_bytes<S>(p_.n, tile), out_size = slab_bytes<T>(p_.m, tile);
     parallel(
         like_, (p_.tokens + tile - 1) / tile, grain(tile * (p_.n + p_.m) * p_.b),
-        sizeof(T) * (in_size + out_size + f_.scratch(k_.lanes)),
-        [&](int64_t begin, int64_t end, char* memory) {
+        scratch_bytes() + in_size + out_size, [&](int64_t begin, int64_t end, char* memory) {
           T* scratch = reinterpret_cast<T*>(memory);
-          T* in_slab = scratch + f_.scratch(k_.lanes);
+          char* in_slab = memory + scratch_bytes();
           const int64_t last = std::min(end * tile, p_.tokens);
           for (int64_t t = begin * tile; t < last; t += tile) {
             const int64_t count = std::min(tile, last - t);
-            const Spectra<T> in_hat = slab(in_slab, p_.n, count);
-            const Spectra<T> out_hat = slab(in_slab + in_size, p_.m, count);
+            const Spectra<S> in_hat = slab<S>(in_slab, p_.n, count);
+            const Spectra<T> out_hat = slab<T>(in_slab + in_size, p_.m, count);
             Ahead ahead{to.range(t, count), from.range(t + tile, std::min(tile, last - t - tile))};
             transform(from, t, count, p_.n, in_hat, scratch, ahead);
             multiply(p_, count, in_hat, w_hat, out_hat, ahead);
@@ -200,7 +209,9 @@ class Tiles {
     const Blocked in_g(g, p_.m, p_.b), in_x(x, p_.n, p_.b);
     const int64_t tile = tile_tokens((lanes_ == Lanes::blocks ? 2 : 4) * kTileBytes, 8);
     const int64_t tiles = (p_.tokens + tile - 1) / tile;
-    const int64_t g_size = slab_size(p_.m, tile), x_size = slab_size(p_.n, tile);
+    const int64_t g_size = slab_bytes<S>(p_.m, tile);
+    // x's spectra take the place of dx's.
+    const int64_t x_size = std::max(slab_bytes<S>(p_.n, tile), slab_bytes<T>(p_.n, tile));
     const int64_t width = lanes_ == Lanes::blocks ? round_up(p_.n, k_.lanes) : p_.n;
     const int64_t size = f_.slots() * p_.m * 2 * width;
     // Parts of the tokens are summed apart, then in order. Their number depends on the shape alone,
@@ -208,30 +219,30 @@ class Tiles {
     const int64_t most = std::max<int64_t>(1, 8 * 1024 * 1024 / (size * sizeof(T)));
     const int64_t parts = std::max<int64_t>(1, std::min({p_.tokens / 256, most, int64_t{16}}));
     const Tensor sums = torch::stable::new_empty(like_, {parts * size}, kType);
-    T* sum = numbers(sums);
+    T* sum = numbers<T>(sums);
     const auto spectra_of_part = [&](int64_t part) {
       return Spectra<T>{sum + part * size, p_.m * 2 * width, 2 * width, width};
     };
     parallel(
         like_, parts, grain(p_.tokens * (p_.m + p_.n) * p_.b / parts),
-        sizeof(T) * (g_size + x_size + f_.scratch(k_.lanes)),
-        [&](int64_t begin, int64_t end, char* memory) {
+        scratch_bytes() + g_size + x_size, [&](int64_t begin, int64_t end, char* memory) {
           T* scratch = reinterpret_cast<T*>(memory);
-          T* g_slab = scratch + f_.scratch(k_.lanes);
-          T* x_slab = g_slab + g_size;
+          char* g_slab = memory + scratch_bytes();
+          char* x_slab = g_slab + g_size;
           for (int64_t part = begin; part < end; ++part) {
             const int64_t first = part * tiles / parts, last = (part + 1) * tiles / parts;
             for (int64_t i = first; i < last; ++i) {
               const int64_t t = i * tile, count = std::min(tile, p_.tokens - t);
-              const Spectra<T> g_hat = slab(g_slab, p_.m, count);
-              const Spectra<T> x_hat = slab(x_slab, p_.n, count);
+              const Spectra<S> g_hat = slab<S>(g_slab, p_.m, count);
+              const Spectra<S> x_hat = slab<S>(x_slab, p_.n, count);
               Ahead ahead{{}, in_x.range(t, count)};
               if (dx) ahead.soon = Blocked(*dx, p_.n, p_.b).range(t, count);
               transform(in_g, t, count, p_.m, g_hat, scratch, ahead);
               if (dx) {
-                multiply(p_.transposed(), count, g_hat, *w_hat, x_hat, ahead);
+                const Spectra<T> dx_hat = slab<T>(x_slab, p_.n, count);
+                multiply(p_.transposed(), count, g_hat, *w_hat, dx_hat, ahead);
                 transform_back(
-                    x_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), nullptr, scratch, ahead);
+                    dx_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), nullptr, scratch, ahead);
               }
               if (i + 1 < last)
                 ahead = {in_g.range(t + tile, std::min(tile, p_.tokens - t - tile)), {}};
@@ -285,19 +296,24 @@ class Tiles {
     return unit * std::clamp<int64_t>(fit, 1, by_blocks ? 64 : vectors);
   }
 
-  // The spectra of `tokens` tokens of so many blocks.
-  Spectra<T> slab(T* data, int64_t blocks, int64_t tokens) const {
+  // The spectra of `tokens` tokens of so many blocks, as numbers of two planes or as pairs of one.
+  template <class N>
+  Spectra<N> slab(char* data, int64_t blocks, int64_t tokens) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
     const int64_t width = round_up(by_blocks ? blocks : tokens, k_.lanes);
-    const int64_t rows = by_blocks ? tokens : blocks;
+    const int64_t row = std::is_same_v<N, Pair> ? width : 2 * width;
     // Slots a multiple of 4096 bytes apart would all fall into the same few lines of a cache.
-    const int64_t size = rows * 2 * width;
-    const int64_t pad = size * static_cast<int64_t>(sizeof(T)) % 4096 == 0 ? 2 * k_.lanes : 0;
-    return {data, size + pad, 2 * width, width};
+    const int64_t size = (by_blocks ? tokens : blocks) * row;
+    const int64_t pad = size * static_cast<int64_t>(sizeof(N)) % 4096 == 0 ? 2 * k_.lanes : 0;
+    return {reinterpret_cast<N*>(data), size + pad, row, width};
   }
-  int64_t slab_size(int64_t blocks, int64_t tokens) const {
-    const Spectra<T> all = slab(nullptr, blocks, tokens);
-    return f_.slots() * (all.slot + 2 * k_.lanes);
+  template <class N>
+  int64_t slab_bytes(int64_t blocks, int64_t tokens) const {
+    const int64_t slot = slab<N>(nullptr, blocks, tokens).slot + 2 * k_.lanes;
+    return round_up(f_.slots() * slot * static_cast<int64_t>(sizeof(N)), 64);
+  }
+  int64_t scratch_bytes() const {
+    return round_up(f_.scratch(k_.lanes) * static_cast<int64_t>(sizeof(T)), 64);
   }
 
   // Units of `work` numbers that are worth a thread.
@@ -305,17 +321,19 @@ class Tiles {
     return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work));
   }
 
-  Spectra<T> kernel_spectra(T* data) const { return {data, p_.n * 2 * p_.m, 2 * p_.m, p_.m}; }
-  static T* numbers(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+  template <class N = S>
+  static N* numbers(const Tensor& t) {
+    return static_cast<N*>(t.data_ptr());
+  }
 
   void transform(
-      const Blocked& a, int64_t t, int64_t count, int64_t blocks, const Spectra<T>& out, T* scratch,
+      const Blocked& a, int64_t t, int64_t count, int64_t blocks, const Spectra<S>& out, T* scratch,
       Ahead& ahead) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
     const Signals in{a.at(t, 0), a.type, by_blocks ? a.row : a.block, by_blocks ? a.block : a.row};
     k_.analyse(
         f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, /* factor= */ T{1},
-        /* conjugate= */ false, out, scratch, ahead);
+        Role::activations, out, scratch, ahead);
   }
 
   void transform_back(
@@ -331,11 +349,11 @@ class Tiles {
 
   // y^_i = sum_j conj(w^_ij) x^_j, with the blocks of `p`: this problem's or the transposed one's
   void multiply(
-      const Problem& p, int64_t count, const Spectra<T>& x, const Tensor& w_hat,
+      const Problem& p, int64_t count, const Spectra<S>& x, const Tensor& w_hat,
       const Spectra<T>& y, Ahead& ahead) const {
-    const T* w = numbers(w_hat);
+    const S* w = numbers(w_hat);
     const int64_t slot = 2 * p.n * p.m, row = 2 * p.m;
-    const Matrix<const T> activations{x.data, x.slot, x.row, 1, x.width};
+    const Matrix<const S> activations{x.data, x.slot, x.row, 1, x.row - x.width};
     const Matrix<T> result{y.data, y.slot, y.row, 1, y.width};
     if (lanes_ == Lanes::blocks) {
       k_.multiply(
@@ -366,13 +384,13 @@ class Tiles {
 
   // dw^ (+)= sum over tokens of conj(g^) x^
   void add_products(
-      int64_t count, const Spectra<T>& g, const Spectra<T>& x, const Spectra<T>& dw,
+      int64_t count, const Spectra<S>& g, const Spectra<S>& x, const Spectra<T>& dw,
       bool accumulate, Ahead& ahead) const {
     if (lanes_ == Lanes::tokens) {
       return k_.correlate(f_.slots(), p_.m, p_.n, count, g, x, dw, accumulate);
     }
-    const Matrix<const T> left{g.data, g.slot, 1, g.row, g.width};
-    const Matrix<const T> right{x.data, x.slot, x.row, 1, x.width};
+    const Matrix<const S> left{g.data, g.slot, 1, g.row, g.row - g.width};
+    const Matrix<const S> right{x.data, x.slot, x.row, 1, x.row - x.width};
     const Matrix<T> result{dw.data, dw.slot, dw.row, 1, dw.width};
     k_.multiply(
         {f_.slots(), p_.m, count, p_.n, left, right, result, Weights::left, accumulate}, ahead);
@@ -380,7 +398,7 @@ class Tiles {
 
   const Problem& p_;
   const Transform<T>& f_;
-  const Kernel<T>& k_;
+  const Kernel<T, S>& k_;
   const Tensor& like_;
   Lanes lanes_;
 };
@@ -388,13 +406,13 @@ class Tiles {
 // An operand of a product that is computed in T: doubles, or whatever floats are read from.
 template <class T>
 Tensor operand(const Tensor& t) {
-  return Tiles<T>::kType == ScalarType::Double ? torch::stable::to(t, ScalarType::Double) : t;
+  return sizeof(T) == 8 ? torch::stable::to(t, ScalarType::Double) : t;
 }
 
 // f fills `out`, or where it computes in doubles, doubles that are then rounded to it.
 template <class T, class F>
 void filled_in(Tensor& out, const F& f) {
-  if (Tiles<T>::kType == ScalarType::Float || out.scalar_type() == ScalarType::Double) {
+  if (sizeof(T) == 4 || out.scalar_type() == ScalarType::Double) {
     return f(out);
   }
   const std::vector<int64_t> sizes(out.sizes().begin(), out.sizes().end());
@@ -405,6 +423,25 @@ void filled_in(Tensor& out, const F& f) {
 
 // The plan for a block size, or none: then ATen's transforms compute.
 std::shared_ptr<const Plan> plan_of(int64_t b) { return in_use().level ? plan_for(b) : nullptr; }
+
+// Whether spectra are rounded to pairs of bfloat16 where activations or results are.
+bool by_pairs(std::initializer_list<ScalarType> activations) {
+  return in_use().pairs &&
+         std::find(activations.begin(), activations.end(), ScalarType::BFloat16) !=
+             activations.end();
+}
+
+// Calls `f.template operator()<T, S>()` for numbers of T and spectra of S.
+template <class F>
+void with_types(ScalarType compute, bool pairs, const F& f) {
+  if (compute == ScalarType::Double) {
+    f.template operator()<double, double>();
+  } else if (pairs) {
+    f.template operator()<float, Pair>();
+  } else {
+    f.template operator()<float, float>();
+  }
+}
 
 // A number for memory and a scale; of other numbers it is another one.
 uint64_t fingerprint(const void* memory, int64_t bytes, double scale) {
@@ -431,8 +468,9 @@ struct Tag {
   uint64_t source, sample;
   bool operator==(const Tag&) const = default;
 
-  static uint64_t made(bool by_aten, bool transposed) {
-    return 0x6333612d68617400 + 2 * by_aten + transposed;
+  enum class As : uint8_t { numbers, by_aten, pairs };
+  static uint64_t made(As as, bool transposed) {
+    return 0x6333612d68617400 + 2 * static_cast<uint64_t>(as) + transposed;
   }
 
   // Kernel number `index` of a tensor of prepared ones.
@@ -472,97 +510,99 @@ struct Cpu {
   static void convolve(const Convolution& c) {
     const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::convolve(c);
-    const bool is_float = compute_type({c.in, c.kernel, c.out}) == ScalarType::Float;
-    is_float ? convolve_in<float>(c, *plan) : convolve_in<double>(c, *plan);
+    const bool prepared = c.form == Form::prepared;
+    const bool pairs = prepared ? made_as(c.p, c.kernel, Tag::As::pairs)
+                                : by_pairs({c.in.scalar_type(), c.out.scalar_type()});
+    with_types(compute_type({c.in, c.kernel, c.out}), pairs, [&]<class T, class S>() {
+      const Tiles<T, S> tiles(c.p, *plan, c.in);
+      const Tensor w_hat =
+          prepared ? c.kernel
+                   : tiles.spectra(operand<T>(c.kernel), c.form == Form::transposed, c.scale);
+      filled_in<T>(c.out, [&](Tensor& out) {
+        const Tensor base = c.base ? operand<T>(*c.base) : out;
+        tiles.convolve(operand<T>(c.in), w_hat, c.base ? &base : nullptr, out);
+      });
+    });
   }
 
   static void gradients(const Gradients& c) {
     const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::gradients(c);
     const ScalarType type = c.w ? compute_type({c.g, c.x, *c.w}) : compute_type({c.g, c.x, c.dw});
-    type == ScalarType::Float ? gradients_in<float>(c, *plan) : gradients_in<double>(c, *plan);
+    const bool pairs = by_pairs({c.g.scalar_type(), c.x.scalar_type()});
+    with_types(type, pairs, [&]<class T, class S>() {
+      const Tiles<T, S> tiles(c.p, *plan, c.g);
+      const Tensor g = operand<T>(c.g), x = operand<T>(c.x);
+      filled_in<T>(c.dw, [&](Tensor& dw) {
+        if (!c.dx) return tiles.gradients(g, x, c.scale, dw, nullptr, nullptr);
+        const Problem back = c.p.transposed();
+        const Tensor w_hat = Tiles<T, S>(back, *plan, c.g)
+                                 .spectra(operand<T>(*c.w), /* transposed= */ true, c.scale);
+        filled_in<T>(*c.dx, [&](Tensor& dx) { tiles.gradients(g, x, c.scale, dw, &w_hat, &dx); });
+      });
+    });
   }
 
   static void prepare(const Preparation& c) {
     const auto [count, m, n, b] = c.kernels;
     const auto plan = plan_of(b);
+    const bool pairs = plan && by_pairs({c.dtype});
     if (!plan) {
       Aten::prepare(c);
-    } else if (c.out.scalar_type() == ScalarType::Float) {
-      prepare_in<float>(c, *plan);
     } else {
-      prepare_in<double>(c, *plan);
+      with_types(c.out.scalar_type(), pairs, [&]<class T, class S>() {
+        const Problem p{1, c.transposed ? c.kernels.n : c.kernels.m,
+                        c.transposed ? c.kernels.m : c.kernels.n, c.kernels.b};
+        const Tiles<T, S> tiles(p, *plan, c.w);
+        const Tensor w = operand<T>(c.w);
+        const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true);
+        for (int64_t kernel = 0; kernel < c.kernels.count; ++kernel) {
+          Blocked one(w, p.m * p.n, p.b);
+          one.data = one.at(kernel, 0);
+          tiles.fill_spectra(
+              one, c.transposed, c.scale, static_cast<S*>(c.out.data_ptr()) + kernel * size);
+        }
+      });
     }
+    const Tag::As as = !plan ? Tag::As::by_aten : pairs ? Tag::As::pairs : Tag::As::numbers;
     const int64_t rows = c.transposed ? n : m, columns = c.transposed ? m : n;
     const int64_t bytes = m * n * b * c.w.element_size();
     for (int64_t kernel = 0; kernel < count; ++kernel) {
       const char* w = static_cast<const char*>(c.w.const_data_ptr()) + kernel * bytes;
       const Tag::Place place(rows, columns, b, c.out, kernel);
-      const Tag tag{Tag::made(!plan, c.transposed), rows,          columns, b,
-                    fingerprint(w, bytes, c.scale), place.sample()};
+      const Tag tag{
+          Tag::made(as, c.transposed), rows, columns, b, fingerprint(w, bytes, c.scale),
+          place.sample()};
       std::memcpy(place.tag(), &tag, sizeof(Tag));
     }
   }
 
   static void check_prepared(
       const char* op, const Problem& p, const Tensor& w_hat, const Tensor* transposed) {
-    const bool by_aten = !plan_of(p.b);
     const auto [tag, sample] = Tag::of(p, w_hat);
-    const bool is_transposed = tag.maker == Tag::made(by_aten, true);
-    const Tag expected{Tag::made(by_aten, is_transposed), p.m, p.n, p.b, tag.source, sample};
+    const Tag::As as = !plan_of(p.b)                            ? Tag::As::by_aten
+                       : in_use().pairs && is(tag, Tag::As::pairs) ? Tag::As::pairs
+                                                                : Tag::As::numbers;
+    const bool is_transposed = tag.maker == Tag::made(as, true);
+    const Tag expected{Tag::made(as, is_transposed), p.m, p.n, p.b, tag.source, sample};
     check(
         tag == expected, op, "expected w_hat as c3a.prepare made it for m = ", p.m, ", n = ", p.n,
         " and block_size = ", p.b, ", got other numbers, or a part of a prepared kernel");
     if (!transposed) return;
     const auto [other, other_sample] = Tag::of(p.transposed(), *transposed);
-    const Tag mirrored{Tag::made(by_aten, !is_transposed), p.n, p.m, p.b, tag.source, other_sample};
+    const Tag mirrored{Tag::made(as, !is_transposed), p.n, p.m, p.b, tag.source, other_sample};
     check(
         other == mirrored, op,
         "expected w_hat and w_hat_transposed to be c3a.prepare(w) and c3a.prepare(w, "
-        "transposed=True) of one w and one scale, got tensors of different origin");
+        "transposed=True) of one w, one dtype and one scale, got tensors of different origin");
   }
 
  private:
-  template <class T>
-  static void convolve_in(const Convolution& c, const Plan& plan) {
-    const Tiles<T> tiles(c.p, plan, c.in);
-    const Tensor w_hat =
-        c.form == Form::prepared
-            ? c.kernel
-            : tiles.spectra(operand<T>(c.kernel), c.form == Form::transposed, c.scale);
-    filled_in<T>(c.out, [&](Tensor& out) {
-      const Tensor base = c.base ? operand<T>(*c.base) : out;
-      tiles.convolve(operand<T>(c.in), w_hat, c.base ? &base : nullptr, out);
-    });
+  static bool is(const Tag& tag, Tag::As as) {
+    return tag.maker == Tag::made(as, false) || tag.maker == Tag::made(as, true);
   }
-
-  template <class T>
-  static void gradients_in(const Gradients& c, const Plan& plan) {
-    const Tiles<T> tiles(c.p, plan, c.g);
-    const Tensor g = operand<T>(c.g), x = operand<T>(c.x);
-    filled_in<T>(c.dw, [&](Tensor& dw) {
-      if (!c.dx) return tiles.gradients(g, x, c.scale, dw, nullptr, nullptr);
-      const Problem back = c.p.transposed();
-      const Tensor w_hat =
-          Tiles<T>(back, plan, c.g).spectra(operand<T>(*c.w), /* transposed= */ true, c.scale);
-      filled_in<T>(*c.dx, [&](Tensor& dx) { tiles.gradients(g, x, c.scale, dw, &w_hat, &dx); });
-    });
-  }
-
-  template <class T>
-  static void prepare_in(const Preparation& c, const Plan& plan) {
-    const auto [count, m, n, b] = c.kernels;
-    const Problem p{1, c.transposed ? n : m, c.transposed ? m : n, b};
-    const Tiles<T> tiles(p, plan, c.w);
-    const Tensor w = operand<T>(c.w);
-    const Blocked kernels(w, p.m * p.n, p.b);
-    const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true);
-    for (int64_t kernel = 0; kernel < count; ++kernel) {
-      Blocked one = kernels;
-      one.data = kernels.at(kernel, 0);
-      tiles.fill_spectra(
-          one, c.transposed, c.scale, static_cast<T*>(c.out.data_ptr()) + kernel * size);
-    }
+  static bool made_as(const Problem& p, const Tensor& w_hat, Tag::As as) {
+    return is(Tag::of(p, w_hat).first, as);
   }
 };
 

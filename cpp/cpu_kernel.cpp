@@ -4,7 +4,10 @@
 
 #include "cpu_kernel.h"
 
+#include <type_traits>
+
 #include "fft.h"
+#include "product.h"
 #include "simd.h"
 
 namespace c3a::cpu {
@@ -107,10 +110,11 @@ C3A_INLINE void dispatch(Element type, const F& f) {
   }
 }
 
-template <class T>
+template <class T, class S>
 void analyse(
-    const Transform<T>& f, const Signals& in, int64_t rows, int64_t columns, T factor,
-    bool conjugate, const Spectra<T>& out, T* scratch, Ahead& ahead) {
+    const Transform<T>& f, const Signals& in, int64_t rows, int64_t columns, T factor, Role role,
+    const Spectra<S>& out, T* scratch, Ahead& ahead) {
+  using A = Arithmetic<S>;
   constexpr int L = kLanes<T>;
   Vec<T>* z = reinterpret_cast<Vec<T>*>(scratch);
   for (int64_t r = 0; r < rows; ++r) {
@@ -120,22 +124,22 @@ void analyse(
         const auto* p = static_cast<const Storage<kType>*>(in.data) + r * in.row + c * in.column;
         gather<T, kType>(p, in.column, lanes, f.b, z, ahead);
       });
-      T* to = out.data + r * out.row + c;
-      if (factor == 1 && !conjugate && out.width - c >= L) {
+      S* to = out.data + r * out.row + c;
+      const int room = out.width - c < L ? static_cast<int>(out.width - c) : L;
+      if (role == Role::activations && room == L) {
         forward<T>(f, z, [&](int64_t slot, const Complex<T>& value) {
-          store(to + slot * out.slot, value.re);
-          store(to + slot * out.slot + out.width, value.im);
+          A::store_activations(to + slot * out.slot, out.width, value, L);
+        });
+      } else if (role == Role::activations) {
+        forward<T>(f, z, [&](int64_t slot, const Complex<T>& value) {
+          A::store_activations(to + slot * out.slot, out.width, value, room);
         });
       } else {
-        const int room = out.width - c < L ? static_cast<int>(out.width - c) : L;
-        const auto put = [room](T* p, const Vec<T>& v) {
-          room == L ? store(p, v) : store_some(p, v, room);
-        };
         forward<T>(f, z, [&](int64_t slot, const Complex<T>& value) {
           // Slot 0's parts are two real bins.
-          const T of_im = conjugate && slot ? -factor : factor;
-          put(to + slot * out.slot, value.re * factor);
-          put(to + slot * out.slot + out.width, value.im * of_im);
+          const T of_im = role == Role::transposed_weights && slot ? -factor : factor;
+          const Complex<T> weights{value.re * factor, value.im * of_im};
+          A::store_weights(to + slot * out.slot, out.width, slot, weights, room);
         });
       }
     }
@@ -173,38 +177,22 @@ void synthesise(
   }
 }
 
-// kReal: slot 0, whose real and imaginary parts are two bins of their own.
-template <class T, bool kReal, Weights kWeights, int R, int U>
-C3A_INLINE void multiply_tile(const Multiplication<T>& p, const T* a, const T* b, T* c) {
-  constexpr bool left = kWeights == Weights::left;
+template <class T, class S, Product kProduct, int R, int U>
+C3A_INLINE void multiply_tile(const Multiplication<T, S>& p, const S* a, const S* b, T* c) {
+  using A = Arithmetic<S>;
   constexpr int L = kLanes<T>;
   Complex<T> sum[R][U] = {};
   for (int64_t s = 0; s < p.terms; ++s) {
-    Complex<T> y[U];
+    decltype(A::template read<kProduct>(b, 0)) y[U];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
-      const T* from = b + s * p.b.row + u * L;
-      y[u] = {load<Vec<T>>(from), load<Vec<T>>(from + p.b.imaginary)};
+      y[u] = A::template read<kProduct>(b + s * p.b.row + u * L, p.b.imaginary);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const T* from = a + r * p.a.row + s * p.a.column;
-      const T re = from[0], im = from[p.a.imaginary];
+      const auto x = A::scalar(a + r * p.a.row + s * p.a.column, p.a.imaginary);
 #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-        Complex<T>& t = sum[r][u];
-        if constexpr (kReal) {
-          t.re += y[u].re * re;
-          t.im += y[u].im * im;
-          continue;
-        }
-        t.re += y[u].re * re;
-        // The kernel's real part comes first, wherever the kernel is.
-        const Vec<T> first = left ? y[u].im * re : y[u].re * im;
-        const Vec<T> second = left ? y[u].re * im : y[u].im * re;
-        t.re += y[u].im * im;
-        t.im = t.im + first - second;
-      }
+      for (int u = 0; u < U; ++u) A::template add<kProduct>(sum[r][u], x, y[u]);
     }
   }
 #pragma GCC unroll 8
@@ -225,166 +213,157 @@ C3A_INLINE void multiply_tile(const Multiplication<T>& p, const T* a, const T* b
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = kVectorBytes == 64 ? 2 : 1;  // 32 registers or 16
 
-template <class T, bool kReal, Weights kWeights, int U>
-C3A_INLINE void multiply_rows(const Multiplication<T>& p, const T* a, const T* b, T* c) {
+template <class T, class S, Product kProduct, int U>
+C3A_INLINE void multiply_rows(const Multiplication<T, S>& p, const S* a, const S* b, T* c) {
   int64_t r = 0;
   while (r < p.rows) {
     const int64_t left = p.rows - r;
-    const T* from = a + r * p.a.row;
+    const S* from = a + r * p.a.row;
     T* to = c + r * p.c.row;
     if (left >= kTileRows && left != kTileRows + 1) {
-      multiply_tile<T, kReal, kWeights, kTileRows, U>(p, from, b, to);
+      multiply_tile<T, S, kProduct, kTileRows, U>(p, from, b, to);
       r += kTileRows;
     } else if (left >= 3) {
-      multiply_tile<T, kReal, kWeights, 3, U>(p, from, b, to);
+      multiply_tile<T, S, kProduct, 3, U>(p, from, b, to);
       r += 3;
     } else if (left == 2) {
-      multiply_tile<T, kReal, kWeights, 2, U>(p, from, b, to);
+      multiply_tile<T, S, kProduct, 2, U>(p, from, b, to);
       r += 2;
     } else {
-      multiply_tile<T, kReal, kWeights, 1, U>(p, from, b, to);
+      multiply_tile<T, S, kProduct, 1, U>(p, from, b, to);
       r += 1;
     }
   }
 }
 
-template <class T, bool kReal, Weights kWeights>
-void multiply_slots(const Multiplication<T>& p, int64_t first, int64_t last, Ahead& ahead) {
+template <class T, class S, Product kProduct>
+void multiply_slots(
+    const Multiplication<T, S>& p, int64_t first, int64_t last, Ahead& ahead) {
   constexpr int L = kLanes<T>, U = kTileVectors;
   for (int64_t q = first; q < last; ++q) {
     // All that is left by the end.
     prefetch(ahead.soon, (ahead.soon.end - ahead.soon.begin) / (64 * (last - q)) + 1);
     prefetch(ahead.later, (ahead.later.end - ahead.later.begin) / (64 * (last - q)) + 1);
-    const T* a = p.a.data + q * p.a.slot;
-    const T* b = p.b.data + q * p.b.slot;
+    const S* a = p.a.data + q * p.a.slot;
+    const S* b = p.b.data + q * p.b.slot;
     T* c = p.c.data + q * p.c.slot;
     int64_t v = 0;
     for (; v + U * L <= p.columns; v += U * L)
-      multiply_rows<T, kReal, kWeights, U>(p, a, b + v, c + v);
-    for (; v < p.columns; v += L) multiply_rows<T, kReal, kWeights, 1>(p, a, b + v, c + v);
+      multiply_rows<T, S, kProduct, U>(p, a, b + v, c + v);
+    for (; v < p.columns; v += L) multiply_rows<T, S, kProduct, 1>(p, a, b + v, c + v);
   }
 }
 
-template <class T, Weights kWeights>
-void multiply_all(const Multiplication<T>& p, Ahead& ahead) {
+template <class T, class S, Product kProduct>
+void multiply_all(const Multiplication<T, S>& p, Ahead& ahead) {
   Ahead nothing{};
-  multiply_slots<T, true, kWeights>(p, 0, 1, nothing);
-  multiply_slots<T, false, kWeights>(p, 1, p.slots, ahead);
+  multiply_slots<T, S, Arithmetic<S>::of_slot_0(kProduct)>(p, 0, 1, nothing);
+  multiply_slots<T, S, kProduct>(p, 1, p.slots, ahead);
 }
 
-template <class T>
-void multiply(const Multiplication<T>& p, Ahead& ahead) {
-  switch (p.weights) {
-    case Weights::left: return multiply_all<T, Weights::left>(p, ahead);
-    case Weights::right: return multiply_all<T, Weights::right>(p, ahead);
+template <class T, class S>
+void multiply(const Multiplication<T, S>& p, Ahead& ahead) {
+  switch (Arithmetic<S>::product_of(p)) {
+    case Product::left: return multiply_all<T, S, Product::left>(p, ahead);
+    case Product::right: return multiply_all<T, S, Product::right>(p, ahead);
+    case Product::conjugated:
+      if constexpr (!std::is_same_v<T, S>) return multiply_all<T, S, Product::conjugated>(p, ahead);
+    case Product::real: __builtin_unreachable();
   }
 }
 
-// R x S sums over lanes; 2 R S of them are at most a vector.
-template <class T, bool kReal, int R, int S>
+// R x C sums over lanes; 2 R C of them are at most a vector.
+template <class T, class S, Product kProduct, int R, int C>
 C3A_INLINE void correlate_tile(
-    const T* a, const T* b, const Spectra<T>& as, const Spectra<T>& bs, int64_t columns, T* c,
+    const S* a, const S* b, const Spectra<S>& as, const Spectra<S>& bs, int64_t columns, T* c,
     int64_t c_row, int64_t c_width, bool accumulate) {
+  using A = Arithmetic<S>;
   constexpr int L = kLanes<T>;
-  Complex<T> sum[R][S] = {};
+  Complex<T> sum[R][C] = {};
   for (int64_t v = 0; v < columns; v += L) {
-    Complex<T> y[S];
+    decltype(A::template read<kProduct>(b, 0)) y[C];
 #pragma GCC unroll 8
-    for (int s = 0; s < S; ++s) {
-      const T* from = b + s * bs.row + v;
-      y[s] = {load<Vec<T>>(from), load<Vec<T>>(from + bs.width)};
-    }
+    for (int s = 0; s < C; ++s) y[s] = A::template read<kProduct>(b + s * bs.row + v, bs.width);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const T* from = a + r * as.row + v;
-      const Complex<T> x{load<Vec<T>>(from), load<Vec<T>>(from + as.width)};
+      const auto x = A::column(a + r * as.row + v, as.width);
 #pragma GCC unroll 8
-      for (int s = 0; s < S; ++s) {
-        Complex<T>& t = sum[r][s];
-        if constexpr (kReal) {
-          t.re += x.re * y[s].re;
-          t.im += x.im * y[s].im;
-        } else {
-          t.re += x.re * y[s].re;
-          t.re += x.im * y[s].im;
-          t.im += x.re * y[s].im;
-          t.im -= x.im * y[s].re;
-        }
-      }
+      for (int s = 0; s < C; ++s) A::template add<kProduct>(sum[r][s], x, y[s]);
     }
   }
   Vec<T> flat[L] = {};
 #pragma GCC unroll 16
-  for (int i = 0; i < R * S; ++i) {
-    flat[i] = sum[i / S][i % S].re;
-    flat[R * S + i] = sum[i / S][i % S].im;
+  for (int i = 0; i < R * C; ++i) {
+    flat[i] = sum[i / C][i % C].re;
+    flat[R * C + i] = sum[i / C][i % C].im;
   }
   T total[L];
   store(total, sums_over_lanes<T>(flat));
-  using Row = typename VectorOf<T, S* static_cast<int>(sizeof(T))>::type;
+  using Row = typename VectorOf<T, C* static_cast<int>(sizeof(T))>::type;
 #pragma GCC unroll 16
   for (int part = 0; part < 2; ++part) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       T* to = c + r * c_row + part * c_width;
-      const Row row = load<Row>(total + (part * R + r) * S);
+      const Row row = load<Row>(total + (part * R + r) * C);
       store(to, accumulate ? load<Row>(to) + row : row);
     }
   }
 }
 
-template <class T, bool kReal, int R>
+template <class T, class S, Product kProduct, int R>
 C3A_INLINE void correlate_rows(
-    const T* a, const T* b, const Spectra<T>& as, const Spectra<T>& bs, int64_t columns, T* c,
+    const S* a, const S* b, const Spectra<S>& as, const Spectra<S>& bs, int64_t columns, T* c,
     const Spectra<T>& cs, int64_t n, bool accumulate) {
-  constexpr int S = kLanes<T> >= 4 ? kLanes<T> / 4 : 1;
+  constexpr int C = kLanes<T> >= 4 ? kLanes<T> / 4 : 1;
   int64_t j = 0;
-  const auto tile = [&]<int kS>() {
-    correlate_tile<T, kReal, R, kS>(
+  const auto tile = [&]<int kC>() {
+    correlate_tile<T, S, kProduct, R, kC>(
         a, b + j * bs.row, as, bs, columns, c + j, cs.row, cs.width, accumulate);
-    j += kS;
+    j += kC;
   };
-  while (j + S <= n) tile.template operator()<S>();
-  if constexpr (S > 2) {
+  while (j + C <= n) tile.template operator()<C>();
+  if constexpr (C > 2) {
     while (j + 2 <= n) tile.template operator()<2>();
   }
-  if constexpr (S > 1) {
+  if constexpr (C > 1) {
     while (j < n) tile.template operator()<1>();
   }
 }
 
-template <class T, bool kReal>
+template <class T, class S, Product kProduct>
 void correlate_slots(
-    int64_t first, int64_t last, int64_t m, int64_t n, int64_t columns, const Spectra<T>& a,
-    const Spectra<T>& b, const Spectra<T>& c, bool accumulate) {
+    int64_t first, int64_t last, int64_t m, int64_t n, int64_t columns, const Spectra<S>& a,
+    const Spectra<S>& b, const Spectra<T>& c, bool accumulate) {
   for (int64_t q = first; q < last; ++q) {
-    const T* at_a = a.data + q * a.slot;
-    const T* at_b = b.data + q * b.slot;
+    const S* at_a = a.data + q * a.slot;
+    const S* at_b = b.data + q * b.slot;
     T* to = c.data + q * c.slot;
     int64_t i = 0;
     if constexpr (kLanes<T> >= 4) {
       for (; i + 2 <= m; i += 2) {
-        correlate_rows<T, kReal, 2>(
+        correlate_rows<T, S, kProduct, 2>(
             at_a + i * a.row, at_b, a, b, columns, to + i * c.row, c, n, accumulate);
       }
     }
     for (; i < m; ++i) {
-      correlate_rows<T, kReal, 1>(
+      correlate_rows<T, S, kProduct, 1>(
           at_a + i * a.row, at_b, a, b, columns, to + i * c.row, c, n, accumulate);
     }
   }
 }
 
-template <class T>
+template <class T, class S>
 void correlate(
-    int64_t slots, int64_t m, int64_t n, int64_t columns, const Spectra<T>& a, const Spectra<T>& b,
+    int64_t slots, int64_t m, int64_t n, int64_t columns, const Spectra<S>& a, const Spectra<S>& b,
     const Spectra<T>& c, bool accumulate) {
-  correlate_slots<T, true>(0, 1, m, n, columns, a, b, c, accumulate);
-  correlate_slots<T, false>(1, slots, m, n, columns, a, b, c, accumulate);
+  correlate_slots<T, S, Product::real>(0, 1, m, n, columns, a, b, c, accumulate);
+  correlate_slots<T, S, Product::conjugated>(1, slots, m, n, columns, a, b, c, accumulate);
 }
 
-template <class T>
-constexpr Kernel<T> kernel = {kLanes<T>, &analyse<T>, &synthesise<T>, &multiply<T>, &correlate<T>};
+template <class T, class S>
+constexpr Kernel<T, S> kernel = {
+    kLanes<T>, &analyse<T, S>, &synthesise<T>, &multiply<T, S>, &correlate<T, S>};
 
 }  // namespace C3A_LEVEL
 
@@ -392,7 +371,13 @@ constexpr Kernel<T> kernel = {kLanes<T>, &analyse<T>, &synthesise<T>, &multiply<
 #define C3A_OBJECT(x) C3A_JOIN(x)
 
 // Level C3A_LEVEL's object, level_<its name>.
+#if defined(__AVX512BF16__)
+extern const Kernel<float, Pair> C3A_OBJECT(C3A_LEVEL);
+const Kernel<float, Pair> C3A_OBJECT(C3A_LEVEL) = C3A_LEVEL::kernel<float, Pair>;
+#else
 extern const Level C3A_OBJECT(C3A_LEVEL);
-const Level C3A_OBJECT(C3A_LEVEL) = {C3A_LEVEL::kernel<float>, C3A_LEVEL::kernel<double>};
+const Level C3A_OBJECT(C3A_LEVEL) = {
+    C3A_LEVEL::kernel<float, float>, C3A_LEVEL::kernel<double, double>};
+#endif
 
 }  // namespace c3a::cpu

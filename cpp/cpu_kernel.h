@@ -46,18 +46,26 @@ struct Results {
   int64_t row, column;
 };
 
+// Two parts of a complex number, rounded to bfloat16: the real one lower.
+struct Pair {
+  uint32_t bits;
+};
+
 // The spectra of rows x width signals, slot by slot: at slot q, row r, column c the real part is
-// data[q * slot + r * row + c], the imaginary part `width` further on.
-template <class T>
+// data[q * slot + r * row + c], the imaginary part `width` further on. Pairs hold both parts in one
+// place. Those of weights, (u, v), have a second plane all the same, with (-v, u): with it both
+// parts of a product of pairs are dot products. In slot 0 their planes are (u, 0) and (0, v).
+template <class S>
 struct Spectra {
-  T* data;
+  S* data;
   int64_t slot, row, width;
 };
 
-// One matrix of each slot, read or written by strides.
-template <class T>
+// One matrix of each slot, read or written by strides; `imaginary` is 0 for pairs without a second
+// plane.
+template <class S>
 struct Matrix {
-  T* data;
+  S* data;
   int64_t slot, row, column, imaginary;
 };
 
@@ -67,10 +75,10 @@ struct Matrix {
 // errors grow with the terms of a call and the number of calls, not with their product.
 enum class Weights : uint8_t { left, right };
 
-template <class T>
+template <class T, class S>
 struct Multiplication {
   int64_t slots, rows, terms, columns;
-  Matrix<const T> a, b;
+  Matrix<const S> a, b;
   Matrix<T> c;
   Weights weights;
   bool accumulate;
@@ -85,29 +93,34 @@ struct Ahead {
   Range soon, later;
 };
 
-template <class T>
+// What the spectra are that analyse() makes: of activations, or of weights, which are conjugated
+// where they are those of the transposed matrix.
+enum class Role : uint8_t { activations, weights, transposed_weights };
+
+// Signals are computed with and summed in T, and their spectra multiplied as S: T itself, or Pair.
+template <class T, class S>
 struct Kernel {
   int lanes;
-  // spectra of the signals, times `factor`, conjugated or not; columns up to a multiple of `lanes`
-  // are filled with zeros where `out.width` has room for them
+  // spectra of the signals, times `factor`; columns up to a multiple of `lanes` are filled with
+  // zeros where `out.width` has room for them
   void (*analyse)(
-      const Transform<T>&, const Signals&, int64_t rows, int64_t columns, T factor, bool conjugate,
-      const Spectra<T>& out, T* scratch, Ahead&);
+      const Transform<T>&, const Signals&, int64_t rows, int64_t columns, T factor, Role,
+      const Spectra<S>& out, T* scratch, Ahead&);
   // the inverse, without its factor
   void (*synthesise)(
       const Transform<T>&, const Spectra<T>&, int64_t rows, int64_t columns, const Results& out,
       T* scratch, Ahead&);
-  void (*multiply)(const Multiplication<T>&, Ahead&);
+  void (*multiply)(const Multiplication<T, S>&, Ahead&);
   // c(i, j) = sum over columns of conj(a(i, column)) b(j, column) (+ c)
   void (*correlate)(
-      int64_t slots, int64_t rows, int64_t columns_of_c, int64_t columns, const Spectra<T>& a,
-      const Spectra<T>& b, const Spectra<T>& c, bool accumulate);
+      int64_t slots, int64_t rows, int64_t columns_of_c, int64_t columns, const Spectra<S>& a,
+      const Spectra<S>& b, const Spectra<T>& c, bool accumulate);
 };
 
 // A level's kernels; cpu_kernel.cpp defines one object of each for every level that is built.
 struct Level {
-  Kernel<float> f32;
-  Kernel<double> f64;
+  Kernel<float, float> f32;
+  Kernel<double, double> f64;
 };
 
 }  // namespace c3a::cpu

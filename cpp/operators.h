@@ -58,10 +58,12 @@ struct Gradients {
 };
 
 // out: the spectra, times scale, of kernels (m, n, b) or their transposed ones; as many tensors of
-// prepared_length() numbers a block, zeros at first. Their layout is the back end's.
+// prepared_length() numbers a block, zeros at first. Their layout is the back end's. `dtype` is what
+// they are for: bfloat16, where a back end may round them, or that of out.
 struct Preparation {
   Kernels kernels;
   const Tensor& w;
+  ScalarType dtype;
   bool transposed;
   double scale;
   Tensor& out;
@@ -136,17 +138,20 @@ struct Operators {
     return named(op, [&] {
       const Kernels k = kernels_of(op, w);
       const ScalarType type = dtype.value_or(compute_type({w}));
-      const bool computes = type == ScalarType::Double || type == compute_type({w});
+      const bool is_float = compute_type({w}) == ScalarType::Float;
       check(
-          computes, op, "expected dtype to be float32, or float64 for kernels in float64 too, got ",
+          type == ScalarType::Double ||
+              (is_float && (type == ScalarType::Float || type == ScalarType::BFloat16)),
+          op, "expected dtype to be float32 or bfloat16, or float64 for kernels in float64 too, got ",
           dtype_name(static_cast<int32_t>(type)), " for w in ", dtype_name(dtype_of(w)));
       std::vector<int64_t> shape(w.sizes().begin(), w.sizes().end() - 3);
       shape.insert(
           shape.end(), {transposed ? k.n : k.m, transposed ? k.m : k.n,
                         prepared_length(k.m, k.n, k.b, w.is_cpu())});
-      Tensor w_hat = torch::stable::new_zeros(w, shape, type);
+      const ScalarType numbers = type == ScalarType::Double ? type : ScalarType::Float;
+      Tensor w_hat = torch::stable::new_zeros(w, shape, numbers);
       const Tensor w_in = contiguous(w);
-      if (k.count > 0) Backend::prepare({k, w_in, transposed, scale, w_hat});
+      if (k.count > 0) Backend::prepare({k, w_in, type, transposed, scale, w_hat});
       return w_hat;
     });
   }

@@ -77,6 +77,12 @@ C3A_INLINE void store_some(T* p, const V& v, int count) {
   for (int i = 0; i < count; ++i) p[i] = some[i];
 }
 
+// The vector's elements that there is room for.
+template <class T, class V>
+C3A_INLINE void store_lanes(T* p, const V& v, int room) {
+  room * sizeof(T) == sizeof(V) ? store(p, v) : store_some(p, v, room);
+}
+
 // Conversions. bfloat16 and float16 are held as uint16_t; both round to nearest, ties to even.
 
 typedef typename VectorOf<uint16_t, kVectorBytes / 2>::type Halves;

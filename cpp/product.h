@@ -1,0 +1,134 @@
+// The terms of spectral products, conj(w) x, on spectra of numbers (two planes, real and imaginary
+// parts) and on spectra of pairs (cpu_kernel.h), whose terms are two dot products.
+
+#pragma once
+
+#include "fft.h"
+
+namespace c3a::cpu::C3A_LEVEL {
+
+// What is multiplied in a slot: two real bins each; weights, conjugated, with activations, from the
+// left or from the right; or two activations, the left one conjugated. The sums of `left` and
+// `right` have the same bits.
+enum class Product { real, left, right, conjugated };
+
+// How spectra are stored as S and multiplied: read() takes a vector of the right factor, scalar()
+// and column() a number or a vector of the left one, add() adds their product.
+template <class S>
+struct Arithmetic {
+  using T = S;
+
+  static constexpr Product of_slot_0(Product) { return Product::real; }
+  static Product product_of(const Multiplication<T, S>& p) {
+    return p.weights == Weights::left ? Product::left : Product::right;
+  }
+
+  static C3A_INLINE void store_activations(
+      T* p, int64_t width, const Complex<T>& value, int room) {
+    store_lanes(p, value.re, room);
+    store_lanes(p + width, value.im, room);
+  }
+  static C3A_INLINE void store_weights(
+      T* p, int64_t width, int64_t, const Complex<T>& value, int room) {
+    store_activations(p, width, value, room);
+  }
+
+  template <Product>
+  static C3A_INLINE Complex<T> read(const T* p, int64_t imaginary) {
+    return {load<Vec<T>>(p), load<Vec<T>>(p + imaginary)};
+  }
+  struct Scalar {
+    T re, im;
+  };
+  static C3A_INLINE Scalar scalar(const T* p, int64_t imaginary) { return {p[0], p[imaginary]}; }
+  static C3A_INLINE Complex<T> column(const T* p, int64_t imaginary) {
+    return read<Product::left>(p, imaginary);
+  }
+
+  template <Product kProduct, class X>
+  static C3A_INLINE void add(Complex<T>& sum, const X& x, const Complex<T>& y) {
+    if constexpr (kProduct == Product::real) {
+      sum.re += y.re * x.re;
+      sum.im += y.im * x.im;
+    } else {
+      // The weights' real part comes first, wherever they are.
+      constexpr bool right = kProduct == Product::right;
+      sum.re += y.re * x.re;
+      const Vec<T> first = right ? y.re * x.im : y.im * x.re;
+      const Vec<T> second = right ? y.im * x.re : y.re * x.im;
+      sum.re += y.im * x.im;
+      sum.im = sum.im + first - second;
+    }
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Arithmetic<Pair> {
+  using T = float;
+  using Words = Vec<uint32_t>;
+
+  static constexpr Product of_slot_0(Product product) {
+    return product == Product::conjugated ? Product::real : product;
+  }
+  static Product product_of(const Multiplication<T, Pair>& p) {
+    return p.a.imaginary ? Product::left : p.b.imaginary ? Product::right : Product::conjugated;
+  }
+
+  static C3A_INLINE Words pairs(const Vec<T>& lower, const Vec<T>& upper) {
+    const __m512i parts = (__m512i)_mm512_cvtne2ps_pbh((__m512)upper, (__m512)lower);
+    // The halves of `parts`, alternating.
+    const __m512i alternating = (__m512i)(Words{
+        0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+        0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f});
+    return (Words)_mm512_permutexvar_epi16(alternating, parts);
+  }
+  static C3A_INLINE void store_activations(
+      Pair* p, int64_t, const Complex<T>& value, int room) {
+    store_lanes(p, pairs(value.re, value.im), room);
+  }
+  static C3A_INLINE void store_weights(
+      Pair* p, int64_t width, int64_t slot, const Complex<T>& value, int room) {
+    const Vec<T> zero{};
+    store_lanes(p, pairs(value.re, slot ? value.im : zero), room);
+    store_lanes(p + width, pairs(slot ? -value.im : zero, slot ? value.re : value.im), room);
+  }
+
+  // What is multiplied to the real part and to the imaginary one.
+  struct Factors {
+    Words for_re, for_im;
+  };
+  template <Product kProduct>
+  static C3A_INLINE Factors read(const Pair* p, int64_t imaginary) {
+    const Words v = load<Words>(p);
+    if constexpr (kProduct == Product::real) {
+      return {v & 0xffffu, v & 0xffff0000u};
+    } else if constexpr (kProduct == Product::conjugated) {
+      return {v, (v >> 16 | v << 16) ^ 0x80000000u};  // (im, -re)
+    } else if constexpr (kProduct == Product::right) {
+      return {v, load<Words>(p + imaginary)};
+    } else {
+      return {v, v};
+    }
+  }
+  static C3A_INLINE Factors scalar(const Pair* p, int64_t imaginary) {
+    return {Words{} + p[0].bits, Words{} + p[imaginary].bits};
+  }
+  static C3A_INLINE Factors column(const Pair* p, int64_t) {
+    return read<Product::left>(p, 0);
+  }
+
+  template <Product>
+  static C3A_INLINE void add(Complex<T>& sum, const Factors& x, const Factors& y) {
+    sum.re = dot(sum.re, x.for_re, y.for_re);
+    sum.im = dot(sum.im, x.for_im, y.for_im);
+  }
+
+ private:
+  static C3A_INLINE Vec<T> dot(const Vec<T>& sum, const Words& x, const Words& y) {
+    return (Vec<T>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+  }
+};
+#endif
+
+}  // namespace c3a::cpu::C3A_LEVEL
