@@ -157,14 +157,14 @@ BAD = [
     (
         "prepare",
         [of(2, 3, 4, dtype=torch.float64), torch.float32],
-        "expected dtype to be float32, or float64 for kernels in float64 too, got float32 for w in "
-        "float64",
+        "expected dtype to be float32 or bfloat16, or float64 for kernels in float64 too, got "
+        "float32 for w in float64",
     ),
     (
         "prepare",
-        [of(2, 3, 4), torch.bfloat16],
-        "expected dtype to be float32, or float64 for kernels in float64 too, got bfloat16 for w "
-        "in float32",
+        [of(2, 3, 4), torch.float16],
+        "expected dtype to be float32 or bfloat16, or float64 for kernels in float64 too, got "
+        "float16 for w in float32",
     ),
     (
         "block_circ_conv_prepared",

@@ -20,7 +20,7 @@ from .ops import (
 )
 from .prepared import PreparedKernel
 from .reference import circulant
-from .shapes import SUPPORTED_DTYPES, sums_dtype
+from .shapes import SUPPORTED_DTYPES
 from .sizes import check_block_size, features, kernel_shape
 from .weight import AdaptedWeight, read
 
@@ -198,15 +198,15 @@ class C3ALinear(nn.Module):
         layer, and by writes to the kernel that autograd counts; writes around the count (``.data``,
         FSDP's, another process's) are not seen there: call this again after them.
         """
-        self._prepared.make(self.c3a_kernel, self.scale, sums_dtype(self.c3a_kernel.dtype))
+        self._prepared.make(self.c3a_kernel, self.scale)
 
     def _prepared_for(self, kernel: Tensor, scale: float, x: Tensor, y: Tensor) -> tuple | None:
         """Return ``(w_hat, block_size, w_hat_transposed)`` for a plain call, or None."""
         grad = torch.is_grad_enabled()
         if grad and kernel.requires_grad:
             return None
-        dtype = sums_dtype(kernel.dtype, x.dtype, y.dtype)
-        found = self._prepared.get(kernel, scale, dtype, transposed=grad and x.requires_grad)
+        transposed = grad and x.requires_grad
+        found = self._prepared.get(kernel, scale, (x.dtype, y.dtype), transposed)
         return found and (found[0], self.block_size, found[1])
 
     def train(self, mode: bool = True):

@@ -84,8 +84,9 @@ def prepare(
 
     Args:
         w: a kernel ``(m, n, b)`` or a stack of kernels ``(..., m, n, b)``, any of the dtypes.
-        dtype: what sums will run in: float32, or float64, which float64 activations need. Default
-            float64 if ``w`` is float64, else float32.
+        dtype: float64, which float64 activations need, float32, or bfloat16, which rounds spectra
+            on CPUs that multiply bfloat16, and is float32 elsewhere. Default float64 if ``w`` is
+            float64, else float32.
         transposed: prepare the transposed matrix, by which the input gradient is computed.
         scale: factor of all results.
 
@@ -113,7 +114,8 @@ def block_circ_conv_prepared(
     """``block_circ_conv`` with a prepared kernel: for inference, and for kernels that are frozen.
 
     Equivalent to ``scale * x @ c3a.circulant(w).T`` for ``w_hat = c3a.prepare(w, scale=scale)``,
-    with the same bits as ``block_circ_conv(x, w, scale)`` on the CPU. With
+    with the same bits as ``block_circ_conv(x, w, scale)`` on the CPU (for bfloat16 activations,
+    with ``c3a.prepare(w, torch.bfloat16)``; spectra in float32 err less). With
     ``c3a.prepare(w, transposed=True)`` in its place it is the input gradient,
     ``g @ c3a.circulant(w)``.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _private
+from .shapes import sums_dtype
 
 _OPS = torch.ops.c3a
 _memcmp = ctypes.CDLL(None).memcmp
@@ -25,6 +26,7 @@ class _Held(NamedTuple):
 
     source: tuple  # shape, dtype, device, scale, and off the CPU also place and version
     copy: Tensor | None  # of the kernel, on the CPU
+    dtype: torch.dtype  # what it was prepared for
     w_hat: Tensor
     w_hat_transposed: Tensor | None  # made when it is first needed
 
@@ -42,7 +44,7 @@ class PreparedKernel:
     def drop(self) -> None:
         self._held = None
 
-    def make(self, w: Tensor, scale: float, dtype: torch.dtype) -> None:
+    def make(self, w: Tensor, scale: float) -> None:
         """Prepare now, whatever was there."""
         if w.device.type != "cpu" and w.is_inference():
             raise RuntimeError(
@@ -50,15 +52,18 @@ class PreparedKernel:
                 f"one counts no writes, and on {w.device} nothing else tells when it changes"
             )
         with self._lock:
-            self._held = _prepared(_plain(w), scale, dtype, transposed=False)
+            self._held = _prepared(_plain(w), scale, sums_dtype(w.dtype), transposed=False)
 
     def get(
-        self, w: Tensor, scale: float, dtype: torch.dtype, transposed: bool
+        self, w: Tensor, scale: float, activations: tuple[torch.dtype, ...], transposed: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         """Return ``(w_hat, w_hat_transposed)`` of the kernel as it is now, or None.
 
-        ``dtype`` is what sums run in; the second is None unless ``transposed``.
+        For activations and results of these dtypes; the second is None unless ``transposed``.
         """
+        dtype = sums_dtype(w.dtype, *activations)
+        if w.is_cpu and torch.bfloat16 in activations and dtype == torch.float32:
+            dtype = torch.bfloat16  # as the operator does without a prepared kernel
         held, w = self._held, _plain(w)
         if w.device.type != "cpu":
             if held is None:
@@ -97,7 +102,7 @@ def _source(w: Tensor, scale: float) -> tuple:
 def _serves(held: _Held | None, dtype: torch.dtype, transposed: bool) -> bool:
     return (
         held is not None
-        and held.w_hat.dtype == dtype
+        and held.dtype == dtype
         and (held.w_hat_transposed is not None or not transposed)
     )
 
@@ -120,4 +125,4 @@ def _prepared(w: Tensor, scale: float, dtype: torch.dtype, transposed: bool) -> 
         w = copy = w.clone(memory_format=torch.contiguous_format)
     w_hat = _OPS.prepare(w, dtype, False, scale)
     w_hat_transposed = _OPS.prepare(w, dtype, True, scale) if transposed else None
-    return _Held(source, copy, w_hat, w_hat_transposed)
+    return _Held(source, copy, dtype, w_hat, w_hat_transposed)

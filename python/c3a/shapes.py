@@ -287,19 +287,20 @@ def prepare(
     right = w.dim() >= 3 and all(size >= 1 for size in w.shape[-3:])
     expected = "kernels w of shape (..., m, n, b) with m, n, b >= 1"
     _check(op, right, lambda: f"expected {expected}, got {_text(w.shape)}")
-    least = sums_dtype(w.dtype)
-    dtype = dtype or least
+    dtype = dtype or sums_dtype(w.dtype)
+    narrow = dtype in (torch.float32, torch.bfloat16) and w.dtype != torch.float64
     _check(
         op,
-        dtype in (torch.float64, least),
+        dtype == torch.float64 or narrow,
         lambda: (
-            "expected dtype to be float32, or float64 for kernels in float64 too, got "
+            "expected dtype to be float32 or bfloat16, or float64 for kernels in float64 too, got "
             f"{_name(dtype)} for w in {_name(w.dtype)}"
         ),
     )
     *stack, m, n, b = w.shape
     blocks = (n, m) if transposed else (m, n)
-    return w.new_empty((*stack, *blocks, prepared_length(m, n, b, w.device)), dtype=dtype)
+    length = prepared_length(m, n, b, w.device)
+    return w.new_empty((*stack, *blocks, length), dtype=sums_dtype(dtype))
 
 
 def prepared(
