@@ -24,7 +24,7 @@ from torch import Tensor
 
 import c3a
 import fuzzing
-from cases import DTYPES, TOLERANCE
+from cases import DTYPES, TOLERANCE, rounds_spectra, tolerance
 
 OPS = torch.ops.c3a
 MODES = {  # in which operands are made, and operators called
@@ -123,6 +123,7 @@ class Call:
     operands: dict[str, Tensor]
     units: dict[str, int]
     arguments: dict  # of the operator, by name
+    prepared_for: torch.dtype | None = None
 
     @property
     def factor(self) -> float:
@@ -144,6 +145,15 @@ class Call:
         tensors = [*self.operands.values(), *self.arguments.values()]
         dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)} | {*self.result_dtypes}
         return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    @property
+    def rounds(self) -> bool:
+        """Return whether spectra are rounded to bfloat16."""
+        if not self.has_kernels or self.sums == torch.float64:
+            return False
+        if self.operator.prepared:
+            return rounds_spectra("cpu", self.prepared_for)
+        return rounds_spectra("cpu", *(t.dtype for name, t in self.operands.items() if name != "w"))
 
     @property
     def repeats(self) -> int:
@@ -373,14 +383,15 @@ def prepare(draw: Draw, call: Call, w: Tensor) -> None:
         kernels = draw.memory((*stack, *w.shape), w.dtype).fill_(1)
         kernels[index] = w
         w = kernels
-    dtypes = [torch.float64] if call.sums == torch.float64 else [None, *DTYPES[:2]]
+    dtypes = [torch.float64] if call.sums == torch.float64 else [None, *DTYPES[:3]]
     dtype, made = draw.choice(*dtypes), []
+    call.prepared_for = dtype
     for transposed in (call.transposed, not call.transposed):
         w_hat = c3a.prepare(w, dtype, transposed=transposed, scale=call.factor)[index]
         if draw.chance(0.2):
             w_hat = draw.memory(w_hat.shape, w_hat.dtype).copy_(w_hat)
         made.append(w_hat)
-    draw.note(f"prepared in {made[0].dtype}")
+    draw.note(f"prepared in {made[0].dtype} for {dtype}")
     block_size = call.kernel_shape[-1]
     call.arguments |= {"w_hat": made[0], "block_size": block_size, "w_hat_transposed": made[1]}
 
@@ -415,6 +426,8 @@ def compare_all(draw: Draw, call: Call, results: tuple, leaves: dict) -> None:
 
     # Below the smallest normal number errors of sums are absolute: as if no number were smaller.
     smallest = math.log2(torch.finfo(call.sums).smallest_normal)
+    if call.rounds:  # takes subnormal numbers for zero: a whole such number may be lost
+        smallest += math.log2(4 / sums_tolerance(call))
     b, factor = call.kernel_shape[-1], abs(call.factor)
     floors = {"w": b * max(1.0, 1 / (factor or 1.0)), "base": 0.0}  # w's spectra are scaled
     exact, squares = {}, {}
@@ -441,6 +454,13 @@ def compare_all(draw: Draw, call: Call, results: tuple, leaves: dict) -> None:
             compare(what, got, exact[name], terms.sqrt(), units[name], call)
 
 
+def sums_tolerance(call: Call) -> float:
+    if not call.rounds:
+        return TOLERANCE[call.sums]
+    # A block may be one number, with the whole error of both roundings.
+    return 2 * tolerance(torch.float32, "cpu", torch.bfloat16)
+
+
 def compare(what: str, got: Tensor, exact: Tensor, terms: Tensor, unit: int, call: Call) -> None:
     """Compare a result with the exact one, which like ``terms`` is relative to the unit."""
     expect(got.shape == exact.shape, f"{what} has shape {got.shape}, not {exact.shape}")
@@ -457,7 +477,7 @@ def compare(what: str, got: Tensor, exact: Tensor, terms: Tensor, unit: int, cal
         return torch.where(finite, t, 0.0).norm(dim=-1, keepdim=True)
 
     bound = TOLERANCE[dtype] * (norm(exact) + b**0.5 * least)
-    bound = bound + TOLERANCE[call.sums] * (norm(exact) + norm(terms))
+    bound = bound + sums_tolerance(call) * (norm(exact) + norm(terms))
     fits = finite & (exact.abs() + bound < most)
     overflows = ~finite | (exact.abs() - bound > most)
     expect(bool(got[fits].isfinite().all()), f"{what} is not finite where it should be")
@@ -482,7 +502,8 @@ def compare_bits(draw: Draw, call: Call, results: tuple) -> None:
     if call.operator.name == "block_circ_conv_prepared" and call.on_cpu and not call.transposed:
         x, w = call.operands.values()
         sums = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
-        if sums == arguments["w_hat"].dtype:
+        as_itself = call.rounds == (call.has_kernels and rounds_spectra("cpu", x.dtype))
+        if sums == arguments["w_hat"].dtype and (as_itself or sums == torch.float64):
             direct = OPS.block_circ_conv(x, w, call.factor)
             expect(same_bits(direct, y), "the kernel itself gives other bits")
 
@@ -611,7 +632,7 @@ def violations(call: Call, name: str, arguments: dict, grad_mode: bool) -> list[
     if "dtype" in arguments:
         found.append({"dtype": torch.int64})
     if name == "prepare" and arguments["w"].dtype == torch.float64:
-        found.append({"dtype": torch.float32})
+        found += [{"dtype": dtype} for dtype in (torch.float32, torch.bfloat16)]
     if in_place and tokens["base"].numel() > 1:
         found.append({"base": tokens["base"].new_ones(()).expand(tokens["base"].shape)})
     if "w_hat" in kernels:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import c3a
-from cases import TOLERANCE, relative_error
+from cases import TOLERANCE, relative_error, tolerance
 
 PATIENCE = 60  # seconds that a thread may take for its last job
 NO_GRAPH = (torch.no_grad, torch.inference_mode)
@@ -89,7 +89,7 @@ class Layer:
 
 
 def check(what: str, got: Tensor, expected: Tensor) -> None:
-    error, most = relative_error(got.detach(), expected), 4 * TOLERANCE[got.dtype]
+    error, most = relative_error(got.detach(), expected), 4 * tolerance(got.dtype, got.device)
     if not error <= most:
         raise AssertionError(f"{what}: relative error {error:.3g} where {most:.3g} is allowed")
 

@@ -10,10 +10,10 @@ import torch
 import c3a
 from c3a import _library
 from c3a.memory import peak_allocated
-from cases import TOLERANCE, operands, relative_error
+from cases import TOLERANCE, operands, relative_error, rounds_spectra, tolerance
 
 OPS = torch.ops.c3a
-LEVELS = ("x86-64-v4", "x86-64-v3", "x86-64-v2", "aarch64", "generic", "aten")
+LEVELS = ("x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2", "aarch64", "generic", "aten")
 
 
 def results(x, w, g):
@@ -49,7 +49,7 @@ def test_full_vectors_of_tokens_end_where_their_tensors_do(dtype):
         x, w, g = operands((32,), 1, 1, b, dtype=dtype)
         exact = results(x.double(), w.double(), g.double())
         for got, expected in zip(results(x, w, g), exact, strict=True):
-            assert relative_error(got, expected) < TOLERANCE[dtype], b
+            assert relative_error(got, expected) < tolerance(dtype, "cpu"), b
 
 
 @pytest.mark.parametrize("b", [128, 768, 945, 1024, 2048, 4096])
@@ -76,8 +76,10 @@ def test_a_token_has_the_same_bits_in_any_company(m, n, dtype):
         assert torch.equal(OPS.block_circ_conv_input_grad(g[:count], w), dx[:count])
 
 
-def test_what_is_not_finite_stays_in_its_token():
-    x, w, _ = operands((35,), 3, 2, 12, dtype=torch.float32)
+@pytest.mark.parametrize("blocks", [(3, 2), (16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_stays_in_its_token(blocks, dtype):
+    x, w, _ = operands((35,), *blocks, 12, dtype=dtype)
     y = OPS.block_circ_conv(x, w)
     spoiled = x.clone()
     spoiled[4, 3] = float("nan")
@@ -102,8 +104,9 @@ def test_sums_over_many_tokens_err_no_more_than_a_matrix_product(shape):
 @pytest.mark.parametrize(
     "shape", [((2051,), 6, 6, 128), ((700,), 32, 16, 64), ((1500,), 1, 1, 768)]
 )
-def test_results_do_not_depend_on_the_number_of_threads_nor_vary(shape):
-    x, w, g = operands(*shape, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads_nor_vary(shape, dtype):
+    x, w, g = operands(*shape, dtype=dtype)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -123,6 +126,8 @@ def test_every_number_of_a_low_precision_passes_unchanged_and_sums_round_to_even
     rows = numbers.view(-1, 1)
     one = torch.ones(1, 1, 1)
     y = OPS.block_circ_conv(rows, one)
+    if rounds_spectra("cpu", dtype):  # takes what is subnormal for zero
+        rows = torch.where(rows.abs() < torch.finfo(dtype).smallest_normal, 0, rows)
     finite = rows.isfinite()
     assert torch.equal(y[finite], rows[finite])
     assert torch.equal(y.isnan(), rows.isnan())
@@ -189,22 +194,106 @@ def test_the_library_under_test_is_the_sanitized_one():
     assert b"__asan_report_load" in library.read_bytes()
 
 
-@pytest.mark.skipif("C3A_CPU_LEVEL" in os.environ, reason="a level is forced already")
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_level_of_this_machine_gives_the_same_to_rounding(level, tmp_path):
+def results_at(level: str, path) -> list[torch.Tensor]:
+    """Return operands, y, dx and dw, of float32 and then of bfloat16, that a level computes."""
     code = f"""
 import torch, c3a
 torch.manual_seed(0)
-x, w, g = torch.randn(37, 4 * 96), torch.randn(2, 4, 96), torch.randn(37, 2 * 96)
-ops = torch.ops.c3a
-y, (dx, dw) = ops.block_circ_conv(x, w), ops.block_circ_conv_backward(g, x, w)
-torch.save((x, w, g, y, dx, dw), {str(tmp_path / "results.pt")!r})
+x, w, g = torch.randn(67, 4 * 96), torch.randn(2, 4, 96), torch.randn(67, 2 * 96)
+ops, saved = torch.ops.c3a, []
+for x, g in ((x, g), (x.bfloat16(), g.bfloat16())):
+    y, (dx, dw) = ops.block_circ_conv(x, w), ops.block_circ_conv_backward(g, x, w)
+    saved += [x, w, g, y, dx, dw]
+torch.save(saved, {str(path)!r})
 """
     ran = run(code, level)
     if "expected C3A_CPU_LEVEL to be one of" in ran.stderr:
         pytest.skip("not a level of this machine")
     assert ran.returncode == 0, ran.stderr
-    x, w, g, *got = torch.load(tmp_path / "results.pt")
+    return torch.load(path)
+
+
+@pytest.mark.skipif("C3A_CPU_LEVEL" in os.environ, reason="a level is forced already")
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_of_this_machine_gives_the_same_to_rounding(level, tmp_path):
+    x, w, g, *got = results_at(level, tmp_path / "results.pt")[:6]
     exact = results(x.double(), w.double(), g.double())
     for result, expected in zip(got, (exact[0], *exact[4:]), strict=True):
         assert relative_error(result, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.skipif("C3A_CPU_LEVEL" in os.environ, reason="a level is forced already")
+def test_the_level_of_bfloat16_differs_in_bfloat16_alone_and_can_be_left(tmp_path):
+    rounded = results_at("x86-64-v4-bf16", tmp_path / "rounded.pt")
+    plain = results_at("x86-64-v4", tmp_path / "plain.pt")
+    assert all(torch.equal(one, other) for one, other in zip(rounded[:6], plain[:6], strict=True))
+    x, w, g = rounded[6:9]
+    exact = results(x.double(), w.double(), g.double())
+    exact = exact[0], *exact[4:]
+    for one, other, expected in zip(rounded[9:], plain[9:], exact, strict=True):
+        assert not torch.equal(one, other)
+        assert relative_error(other, expected) < TOLERANCE[other.dtype]
+    assert relative_error(plain[9], exact[0]) < 1.8e-3
+    assert 2.5e-3 < relative_error(rounded[9], exact[0]) < 3.2e-3
+
+
+@pytest.mark.skipif(not rounds_spectra("cpu", torch.bfloat16), reason="bfloat16 is not multiplied")
+@pytest.mark.parametrize("shape", [((1024,), 6, 6, 128), ((512,), 16, 16, 48), ((512,), 2, 3, 243)])
+def test_bfloat16_errs_at_most_a_quarter_more_than_torchs_products_of_a_lora(shape):
+    """Whose two factors are in bfloat16 as well; at any rank, since roundings add to each other."""
+    _, m, n, b = shape
+    x, w, g = operands(*shape, dtype=torch.bfloat16)
+
+    def products(x, first, second, g):
+        x, first, second = (t.clone().requires_grad_() for t in (x, first, second))
+        y = x @ first.T @ second.T
+        return y.detach(), *torch.autograd.grad(y, (x, first, second), g)
+
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(16, n * b, generator=generator).bfloat16() / 64
+    second = torch.randn(m * b, 16, generator=generator).bfloat16()
+    exact = products(x.double(), first.double(), second.double(), g.double())
+    lora = [
+        relative_error(got, expected)
+        for got, expected in zip(products(x, first, second, g), exact, strict=True)
+    ]
+    y, *_, dx, dw = results(x, w, g)
+    exact_y, *_, exact_dx, exact_dw = results(x.double(), w.double(), g.double())
+    assert relative_error(y, exact_y) <= 1.25 * lora[0]
+    assert relative_error(dx, exact_dx) <= 1.25 * lora[1]
+    assert relative_error(dw, exact_dw) <= 1.25 * min(lora[2:])
+    # In its own dtype, as autocast leaves it, a kernel's gradient has no rounding of its own.
+    dw = OPS.block_circ_conv_kernel_grad(g, x, b, torch.float32)
+    assert relative_error(dw, exact_dw) <= 1.05 * min(lora[2:])
+
+
+@pytest.mark.skipif(not rounds_spectra("cpu", torch.bfloat16), reason="bfloat16 is not multiplied")
+def test_subnormal_numbers_are_zero_in_products_of_bfloat16():
+    tiny = 2.0**-130
+    x, w = torch.full((3, 16), tiny), torch.ones(1, 2, 8)
+    assert (OPS.block_circ_conv(x, w) == 16 * tiny).all()
+    assert not OPS.block_circ_conv(x.bfloat16(), w).any()
+    assert not OPS.block_circ_conv(torch.ones(3, 16).bfloat16(), tiny * w).any()
+    # A product is where its sum is, and onto a base it is added by float32's rules.
+    base = torch.full((3, 8), 2.0**-128, dtype=torch.bfloat16)
+    assert torch.equal(OPS.block_circ_conv_add(base, x.bfloat16(), w), base)
+
+
+@pytest.mark.skipif(not rounds_spectra("cpu", torch.bfloat16), reason="bfloat16 is not multiplied")
+def test_a_layer_rounds_spectra_where_autocast_makes_its_result_bfloat16():
+    layer = c3a.C3ALinear(torch.nn.Linear(256, 256), 32, init="gaussian")
+    torch.nn.init.zeros_(layer.base_layer.weight)
+    torch.nn.init.zeros_(layer.base_layer.bias)
+    x, kernel = torch.randn(64, 256), layer.c3a_kernel
+    exact = OPS.block_circ_conv(x, kernel, layer.scale).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)  # with a prepared kernel
+    assert relative_error(layer(x).detach(), exact) < 1e-6
+    assert y.dtype == torch.bfloat16
+    assert 2.5e-3 < relative_error(y.detach(), exact) < 3.2e-3
+    g = torch.randn_like(y)
+    (dw,) = torch.autograd.grad(y, kernel, g)
+    exact = OPS.block_circ_conv_kernel_grad(g.float(), x, 32, None, layer.scale)
+    assert 2e-3 < relative_error(dw, exact) < 2.8e-3

@@ -75,7 +75,7 @@ def test_build_info_tells_version_compiler_target_and_cuda():
     assert re.match(r"(GNU|Clang|AppleClang) \d+", build["compiler"])
     has_library = any("cuda" in library.name for library in LIBRARIES)
     assert (build["cuda"] is not None) == has_library
-    assert re.match(r"x86-64-v[234]|aarch64|generic|aten", module.cpu_capability())
+    assert re.match(r"x86-64-v[234](-bf16)?$|aarch64$|generic$|aten$", module.cpu_capability())
 
 
 def test_info_prints_what_a_bug_report_needs():

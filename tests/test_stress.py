@@ -55,7 +55,8 @@ def test_what_threads_prepared_goes_with_the_layer():
             layer(torch.randn(3, 48, requires_grad=True)).sum().backward()
             layer.prepare()
             held = layer._prepared._held
-            kept.extend(weakref.ref(t) for t in held[1:] if t is not None)
+            tensors = (held.copy, held.w_hat, held.w_hat_transposed)
+            kept.extend(weakref.ref(t) for t in tensors if t is not None)
 
     threads = [threading.Thread(target=use, args=(layer,)) for _ in range(8)]
     for thread in threads:

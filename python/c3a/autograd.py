@@ -231,8 +231,8 @@ def _sum_node(name: str, product) -> type:
         dx, dw = None, None
         if any(wanted):
             with _without_autocast(h.device.type):
-                # A gradient of x wider than h is not rounded to h's dtype on the way.
-                g = shapes.widened(h, ctx.of_x)
+                # Where the result is dx alone, it has h's dtype: it is not rounded below x's.
+                g = shapes.widened(h, ctx.of_x) if wanted[0] and not wanted[1] else h
                 dx, dw = product.gradients(g, ctx.saved_tensors, ctx.saved, wanted)
                 dx = None if dx is None else dx.to(ctx.of_x)
         rest = (None for _ in ctx.needs_input_grad[4:])
