@@ -39,9 +39,8 @@ void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>*
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
         if constexpr (pairs) {
-          const Vec<uint32_t> pair = (Vec<uint32_t>)r[i];
-          z[u + 2 * i] = (Vec<T>)(pair << 16);
-          z[u + 2 * i + 1] = (Vec<T>)(pair & 0xffff0000u);
+          z[u + 2 * i] = lower_of_pairs((Vec<uint32_t>)r[i]);
+          z[u + 2 * i + 1] = upper_of_pairs((Vec<uint32_t>)r[i]);
         } else {
           z[u + i] = r[i];
         }
@@ -61,6 +60,34 @@ void gather(const Storage<kType>* p, int64_t lane, int lanes, int64_t b, Vec<T>*
   }
 }
 
+#if defined(__AVX512BF16__)
+// A square of pairs of the way back: rounded first, so that pairs are transposed as one element.
+// False, with nothing written, where a number is subnormal, which this rounding takes for zero.
+template <bool kOnto>
+C3A_INLINE bool scatter_pairs(
+    const Vec<float>* z, int64_t lane, const uint16_t* base, uint16_t* p) {
+  constexpr int L = kLanes<float>;
+  Vec<float> r[L];
+  if constexpr (kOnto) load_transposed<float>(base, lane, r);
+  bool subnormal = false;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    Vec<float> lower = z[2 * i], upper = z[2 * i + 1];
+    if constexpr (kOnto) {
+      lower += lower_of_pairs((Vec<uint32_t>)r[i]);
+      upper += upper_of_pairs((Vec<uint32_t>)r[i]);
+    }
+    subnormal |= any_subnormal(lower) || any_subnormal(upper);
+    r[i] = (Vec<float>)pairs_of_floats(lower, upper);
+  }
+  if (subnormal) return false;
+  transpose<float>(r);
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) store(p + l * lane, r[l]);
+  return true;
+}
+#endif
+
 // The way back, onto `base` if it is given.
 template <class T, Element kType>
 void scatter(
@@ -70,6 +97,17 @@ void scatter(
   for (int64_t u = 0; u < b; u += L) {
     prefetch(ahead.later, L / 4);
     const int count = b - u < L ? static_cast<int>(b - u) : L;
+#if defined(__AVX512BF16__)
+    if constexpr (kType == Element::bf16) {
+      if (lanes == L && u + 2 * L <= b &&
+          (base ? scatter_pairs<true>(z + u, lane, base + u, p + u)
+                : scatter_pairs<false>(z + u, lane, nullptr, p + u))) {
+        prefetch(ahead.later, L / 4);
+        u += L;
+        continue;
+      }
+    }
+#endif
     Vec<T> r[L];
     if (count == L) {
 #pragma GCC unroll 16

@@ -75,23 +75,15 @@ struct Arithmetic<Pair> {
     return p.a.imaginary ? Product::left : p.b.imaginary ? Product::right : Product::conjugated;
   }
 
-  static C3A_INLINE Words pairs(const Vec<T>& lower, const Vec<T>& upper) {
-    const __m512i parts = (__m512i)_mm512_cvtne2ps_pbh((__m512)upper, (__m512)lower);
-    // The halves of `parts`, alternating.
-    const __m512i alternating = (__m512i)(Words{
-        0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
-        0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f});
-    return (Words)_mm512_permutexvar_epi16(alternating, parts);
-  }
   static C3A_INLINE void store_activations(
       Pair* p, int64_t, const Complex<T>& value, int room) {
-    store_lanes(p, pairs(value.re, value.im), room);
+    store_lanes(p, pairs_of_floats(value.re, value.im), room);
   }
   static C3A_INLINE void store_weights(
       Pair* p, int64_t width, int64_t slot, const Complex<T>& value, int room) {
     const Vec<T> zero{};
-    store_lanes(p, pairs(value.re, slot ? value.im : zero), room);
-    store_lanes(p + width, pairs(slot ? -value.im : zero, slot ? value.re : value.im), room);
+    store_lanes(p, pairs_of_floats(value.re, slot ? value.im : zero), room);
+    store_lanes(p + width, pairs_of_floats(slot ? -value.im : zero, slot ? value.re : value.im), room);
   }
 
   // What is multiplied to the real part and to the imaginary one.

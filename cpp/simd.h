@@ -174,6 +174,29 @@ C3A_INLINE Halves brains_of_floats(const Vec<float>& v) {
   return __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 0x40) & nan), Halves);
 }
 
+// Pairs of bfloat16, the lower halves of 32 bits first.
+
+C3A_INLINE Vec<float> lower_of_pairs(const Vec<uint32_t>& pairs) { return (Vec<float>)(pairs << 16); }
+C3A_INLINE Vec<float> upper_of_pairs(const Vec<uint32_t>& pairs) {
+  return (Vec<float>)(pairs & 0xffff0000u);
+}
+
+#if defined(__AVX512BF16__)
+// Rounds, and takes what is subnormal for zero.
+C3A_INLINE Vec<uint32_t> pairs_of_floats(const Vec<float>& lower, const Vec<float>& upper) {
+  const __m512i parts = (__m512i)_mm512_cvtne2ps_pbh((__m512)upper, (__m512)lower);
+  // The halves of `parts`, alternating.
+  const __m512i alternating = (__m512i)(Vec<uint32_t>{
+      0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+      0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f});
+  return (Vec<uint32_t>)_mm512_permutexvar_epi16(alternating, parts);
+}
+C3A_INLINE bool any_subnormal(const Vec<float>& v) {
+  constexpr int kSubnormal = 0x20;
+  return _mm512_fpclass_ps_mask((__m512)v, kSubnormal) != 0;
+}
+#endif
+
 // kLanes<T> elements of storage type kType as a vector of T; `count` of them, then zeros.
 template <class T, Element kType>
 C3A_INLINE Vec<T> read(const Storage<kType>* p, int count) {
