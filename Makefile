@@ -67,6 +67,7 @@ test: $(PY)
 ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore tests/test_adapter.py
 
 levels:
+	! grep -qw avx512_bf16 /proc/cpuinfo || C3A_CPU_LEVEL=x86-64-v4 $(PY) -m pytest $(ANY_LEVEL)
 	C3A_CPU_LEVEL=x86-64-v3 $(PY) -m pytest $(ANY_LEVEL)
 	C3A_CPU_LEVEL=x86-64-v2 $(PY) -m pytest $(ANY_LEVEL)
 	C3A_CPU_LEVEL=aten $(PY) -m pytest tests/test_operator.py tests/test_rules.py tests/test_linear.py
@@ -76,7 +77,8 @@ SECONDS ?= 600
 SEED ?= $$(date +%s)
 
 fuzz:
-	for level in x86-64-v4 x86-64-v3 x86-64-v2 aten; do \
+	for level in $$(grep -ow -m1 avx512_bf16 /proc/cpuinfo | sed s/.*/x86-64-v4-bf16/) \
+			x86-64-v4 x86-64-v3 x86-64-v2 aten; do \
 		C3A_CPU_LEVEL=$$level $(PY) tests/fuzz.py --seconds $(SECONDS) --seed $(SEED) || exit 1; done
 	$(PY) tests/stress.py --seconds $(SECONDS)
 	$(PY) tests/fuzz_files.py --seconds $(SECONDS) --seed $(SEED)
@@ -90,6 +92,7 @@ sanitize:
 	rm -rf $(SANITIZED)
 	C3A_SANITIZE=address C3A_CUDA=OFF C3A_PYBIND=OFF $(INSTALL) --no-deps --target $(SANITIZED) .
 	$(WATCHED) tests/test_cpu.py tests/test_operator.py tests/test_prepared.py
+	! grep -qw avx512_bf16 /proc/cpuinfo || C3A_CPU_LEVEL=x86-64-v4 $(WATCHED) tests/test_cpu.py
 	C3A_CPU_LEVEL=x86-64-v3 $(WATCHED) tests/test_cpu.py
 	C3A_CPU_LEVEL=x86-64-v2 $(WATCHED) tests/test_cpu.py
 

@@ -283,9 +283,12 @@ def bench_marks(rounds: int) -> list[tuple[str, float, str]]:
 def bench_levels(rounds: int) -> list[tuple[str, float, str]]:
     """Compare instruction-set levels, a process each, in turns."""
     best = cpu_capability()
-    if best not in ("x86-64-v4", "x86-64-v3"):
+    levels = ["x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2"]
+    if best not in levels[:-1]:
         return []
-    below = {"x86-64-v4": "x86-64-v3", "x86-64-v3": "x86-64-v2"}[best]
+    if best == levels[0]:  # float32 is the next one's
+        best = levels[1]
+    below = levels[levels.index(best) + 1]
     times: dict[str, list[list[float]]] = {best: [], below: []}
     for _ in track(range(3), "instruction sets", transient=True):
         for level, runs in times.items():

@@ -141,8 +141,8 @@ void parallel(
       0, count, grain, [&](int64_t begin, int64_t end) { f(begin, end, workspace.take()); });
 }
 
-// The products of one problem, y = x W^H with n blocks in and m out, tile by tile, computed in T with
-// spectra of S. A kernel's spectra lie as (slots, n, two planes, m).
+// The products of one problem, y = x W^H with n blocks in and m out, tile by tile, computed in T
+// with spectra of S. A kernel's spectra lie as (slots, n, two planes, m).
 template <class T, class S>
 class Tiles {
  public:
@@ -551,8 +551,9 @@ struct Cpu {
       Aten::prepare(c);
     } else {
       with_types(c.out.scalar_type(), pairs, [&]<class T, class S>() {
-        const Problem p{1, c.transposed ? c.kernels.n : c.kernels.m,
-                        c.transposed ? c.kernels.m : c.kernels.n, c.kernels.b};
+        const Problem p{
+            1, c.transposed ? c.kernels.n : c.kernels.m, c.transposed ? c.kernels.m : c.kernels.n,
+            c.kernels.b};
         const Tiles<T, S> tiles(p, *plan, c.w);
         const Tensor w = operand<T>(c.w);
         const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true);
@@ -570,9 +571,8 @@ struct Cpu {
     for (int64_t kernel = 0; kernel < count; ++kernel) {
       const char* w = static_cast<const char*>(c.w.const_data_ptr()) + kernel * bytes;
       const Tag::Place place(rows, columns, b, c.out, kernel);
-      const Tag tag{
-          Tag::made(as, c.transposed), rows, columns, b, fingerprint(w, bytes, c.scale),
-          place.sample()};
+      const Tag tag{Tag::made(as, c.transposed),    rows,          columns, b,
+                    fingerprint(w, bytes, c.scale), place.sample()};
       std::memcpy(place.tag(), &tag, sizeof(Tag));
     }
   }
@@ -580,9 +580,9 @@ struct Cpu {
   static void check_prepared(
       const char* op, const Problem& p, const Tensor& w_hat, const Tensor* transposed) {
     const auto [tag, sample] = Tag::of(p, w_hat);
-    const Tag::As as = !plan_of(p.b)                            ? Tag::As::by_aten
+    const Tag::As as = !plan_of(p.b)                               ? Tag::As::by_aten
                        : in_use().pairs && is(tag, Tag::As::pairs) ? Tag::As::pairs
-                                                                : Tag::As::numbers;
+                                                                   : Tag::As::numbers;
     const bool is_transposed = tag.maker == Tag::made(as, true);
     const Tag expected{Tag::made(as, is_transposed), p.m, p.n, p.b, tag.source, sample};
     check(

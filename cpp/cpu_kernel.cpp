@@ -275,8 +275,7 @@ C3A_INLINE void multiply_rows(const Multiplication<T, S>& p, const S* a, const S
 }
 
 template <class T, class S, Product kProduct>
-void multiply_slots(
-    const Multiplication<T, S>& p, int64_t first, int64_t last, Ahead& ahead) {
+void multiply_slots(const Multiplication<T, S>& p, int64_t first, int64_t last, Ahead& ahead) {
   constexpr int L = kLanes<T>, U = kTileVectors;
   for (int64_t q = first; q < last; ++q) {
     // All that is left by the end.
@@ -286,8 +285,7 @@ void multiply_slots(
     const S* b = p.b.data + q * p.b.slot;
     T* c = p.c.data + q * p.c.slot;
     int64_t v = 0;
-    for (; v + U * L <= p.columns; v += U * L)
-      multiply_rows<T, S, kProduct, U>(p, a, b + v, c + v);
+    for (; v + U * L <= p.columns; v += U * L) multiply_rows<T, S, kProduct, U>(p, a, b + v, c + v);
     for (; v < p.columns; v += L) multiply_rows<T, S, kProduct, 1>(p, a, b + v, c + v);
   }
 }

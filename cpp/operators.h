@@ -58,8 +58,8 @@ struct Gradients {
 };
 
 // out: the spectra, times scale, of kernels (m, n, b) or their transposed ones; as many tensors of
-// prepared_length() numbers a block, zeros at first. Their layout is the back end's. `dtype` is what
-// they are for: bfloat16, where a back end may round them, or that of out.
+// prepared_length() numbers a block, zeros at first. Their layout is the back end's. `dtype` is
+// what they are for: bfloat16, where a back end may round them, or that of out.
 struct Preparation {
   Kernels kernels;
   const Tensor& w;
@@ -142,7 +142,8 @@ struct Operators {
       check(
           type == ScalarType::Double ||
               (is_float && (type == ScalarType::Float || type == ScalarType::BFloat16)),
-          op, "expected dtype to be float32 or bfloat16, or float64 for kernels in float64 too, got ",
+          op,
+          "expected dtype to be float32 or bfloat16, or float64 for kernels in float64 too, got ",
           dtype_name(static_cast<int32_t>(type)), " for w in ", dtype_name(dtype_of(w)));
       std::vector<int64_t> shape(w.sizes().begin(), w.sizes().end() - 3);
       shape.insert(

@@ -23,8 +23,7 @@ struct Arithmetic {
     return p.weights == Weights::left ? Product::left : Product::right;
   }
 
-  static C3A_INLINE void store_activations(
-      T* p, int64_t width, const Complex<T>& value, int room) {
+  static C3A_INLINE void store_activations(T* p, int64_t width, const Complex<T>& value, int room) {
     store_lanes(p, value.re, room);
     store_lanes(p + width, value.im, room);
   }
@@ -75,15 +74,15 @@ struct Arithmetic<Pair> {
     return p.a.imaginary ? Product::left : p.b.imaginary ? Product::right : Product::conjugated;
   }
 
-  static C3A_INLINE void store_activations(
-      Pair* p, int64_t, const Complex<T>& value, int room) {
+  static C3A_INLINE void store_activations(Pair* p, int64_t, const Complex<T>& value, int room) {
     store_lanes(p, pairs_of_floats(value.re, value.im), room);
   }
   static C3A_INLINE void store_weights(
       Pair* p, int64_t width, int64_t slot, const Complex<T>& value, int room) {
     const Vec<T> zero{};
     store_lanes(p, pairs_of_floats(value.re, slot ? value.im : zero), room);
-    store_lanes(p + width, pairs_of_floats(slot ? -value.im : zero, slot ? value.re : value.im), room);
+    store_lanes(
+        p + width, pairs_of_floats(slot ? -value.im : zero, slot ? value.re : value.im), room);
   }
 
   // What is multiplied to the real part and to the imaginary one.
@@ -106,9 +105,7 @@ struct Arithmetic<Pair> {
   static C3A_INLINE Factors scalar(const Pair* p, int64_t imaginary) {
     return {Words{} + p[0].bits, Words{} + p[imaginary].bits};
   }
-  static C3A_INLINE Factors column(const Pair* p, int64_t) {
-    return read<Product::left>(p, 0);
-  }
+  static C3A_INLINE Factors column(const Pair* p, int64_t) { return read<Product::left>(p, 0); }
 
   template <Product>
   static C3A_INLINE void add(Complex<T>& sum, const Factors& x, const Factors& y) {

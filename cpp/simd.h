@@ -176,7 +176,9 @@ C3A_INLINE Halves brains_of_floats(const Vec<float>& v) {
 
 // Pairs of bfloat16, the lower halves of 32 bits first.
 
-C3A_INLINE Vec<float> lower_of_pairs(const Vec<uint32_t>& pairs) { return (Vec<float>)(pairs << 16); }
+C3A_INLINE Vec<float> lower_of_pairs(const Vec<uint32_t>& pairs) {
+  return (Vec<float>)(pairs << 16);
+}
 C3A_INLINE Vec<float> upper_of_pairs(const Vec<uint32_t>& pairs) {
   return (Vec<float>)(pairs & 0xffff0000u);
 }

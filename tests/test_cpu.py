@@ -137,6 +137,23 @@ def test_every_number_of_a_low_precision_passes_unchanged_and_sums_round_to_even
     torch.testing.assert_close(total, base + rows, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("b", [32, 48, 64, 100])
+@pytest.mark.parametrize(("m", "n"), [(3, 2), (16, 16)])
+def test_results_in_bfloat16_are_those_in_float32_rounded_as_torch_rounds(m, n, b):
+    """Whole squares of them, and their edges; among them subnormal numbers and what is not one."""
+    x, w, _ = operands((37,), m, n, b, dtype=torch.bfloat16)
+    x[20, 3], x[21:24] = float("inf"), 0
+    wide = OPS.block_circ_conv_add(torch.zeros(37, m * b), x, w)
+    assert torch.equal(OPS.block_circ_conv(x, w).nan_to_num(), wide.bfloat16().nan_to_num())
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**15), 2**15, wide.shape, generator=generator, dtype=torch.int16)
+    bits[22] &= 0x7F  # subnormal, in a token of zeros
+    base = bits.view(torch.bfloat16)
+    total, expected = OPS.block_circ_conv_add(base, x, w), (base.float() + wide).bfloat16()
+    torch.testing.assert_close(total, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(total[22], base[22])
+
+
 def test_workspace_does_not_grow_with_the_tokens():
     _, w, _ = operands((1,), 16, 16, 256, dtype=torch.float32)
 
