@@ -34,6 +34,7 @@ from .patch import (
     PatchPlan,
     adapted_layers,
     apply_patch,
+    as_trained,
     modules_to_save,
     plan_patch,
     unwrapped,
@@ -75,7 +76,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     Warns of what is trainable and not saved, and of layers that PEFT cannot adapt.
     """
     model, folder = unwrapped(model), Path(folder)
-    with said_by("c3a.save_adapter"):
+    with said_by("c3a.save_adapter"), as_trained(model):
         layers = adapted_layers(model)
         if not layers:
             raise ValueError("the model has no C3ALinear layer; patch it first")
@@ -151,7 +152,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         apply_patch(inner, plan, dtype=reduce(torch.promote_types, dtypes), pad=True)
         layers = adapted_layers(inner)
     odd = []
-    with torch.no_grad():
+    with torch.no_grad(), as_trained(inner):
         for name, layer in layers.items():
             layer.c3a_kernel.copy_(_from_stored(adapter.tensors.pop(kernel_key(name)), layer))
             if not layer.c3a_kernel.isfinite().all():

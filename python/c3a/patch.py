@@ -4,11 +4,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Real
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .linear import C3ALinear
 from .names import block_size_from_pattern, matches
@@ -24,10 +26,17 @@ class _Record:
 
     modules_to_save: tuple[str, ...]
     trainable_before: frozenset[str]
+    # The parameters and buffers of modules_to_save, by name: copies of what they were.
+    originals: dict[str, Tensor]
+    # While disabled, the trained ones.
+    set_aside: dict[str, Tensor] = field(default_factory=dict)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside ``torch.compile``'s and data parallelism's wrappers."""
+    """Return the model inside ``torch.compile``'s and data parallelism's wrappers.
+
+    Raises TypeError for what is no model.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -78,7 +87,8 @@ def patch_model(
         rank: for ``"auto"``, the LoRA rank one would use.
         scale, init, dtype, pad: as for ``C3ALinear``.
         modules_to_save: names (whole or the end of one) of modules that stay trainable and are
-            saved with the adapter, such as a new classifier.
+            saved with the adapter, such as a new classifier. A copy of what they hold now is kept,
+            for ``disabled`` and ``unpatch_model``: their memory once more.
 
     Returns:
         The same model.
@@ -173,6 +183,7 @@ def apply_patch(
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     wrapped: dict[int, C3ALinear] = {}
     try:
+        originals = _copies(model, plan.modules_to_save)
         for name, block_size in plan.block_sizes.items():
             base = model.get_submodule(name)
             wrapped[id(base)] = C3ALinear(
@@ -188,7 +199,7 @@ def apply_patch(
         layer.c3a_kernel.requires_grad_(True)
     for name in plan.modules_to_save:
         model.get_submodule(name).requires_grad_(True)
-    model._c3a_record = _Record(plan.modules_to_save, trainable)
+    model._c3a_record = _Record(plan.modules_to_save, trainable, originals)
     return model
 
 
@@ -197,8 +208,9 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
 
     Args:
         model: a patched model.
-        merge: add each adapter to its layer's weight first, and keep no copy of the original. By
-            default the weights are as before the patch, bit for bit.
+        merge: add each adapter to its layer's weight first, and keep no copy of the original;
+            ``modules_to_save`` stay as they are trained. By default everything is as before the
+            patch, bit for bit, in the same parameters and buffers.
         safe: with ``merge``, look whether the merged weights are finite.
 
     Returns:
@@ -206,11 +218,15 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
 
     Raises:
         TypeError, ValueError: ``merge`` and a base layer that cannot take the adapter, or ``safe``
-            and a weight that would not be finite; the model is then as it was.
+            and a weight that would not be finite; otherwise one of ``modules_to_save`` that has
+            other shapes now, or that accelerate has offloaded. The model is then as it was.
     """
+    outer, model = model, unwrapped(model)
+    records = _records(model)
     if merge:
         _merge_all(model, safe)
-    outer, model = model, unwrapped(model)
+    else:
+        _copy_back(list(chain.from_iterable(_pairs(*found) for found in records)))
     while layers := adapted_layers(model):
         inner = {}
         for layer in layers.values():
@@ -220,9 +236,10 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
                 layer.unmerge()
             inner[id(layer)] = layer.base_layer
         _replace_children(model, inner)
-    record = model.__dict__.pop("_c3a_record", None)
-    if record is not None:
-        _restore_requires_grad(model, record.trainable_before)
+    for part, record in records:
+        _show_trained(model, part, record)
+        del part._c3a_record
+        _restore_requires_grad(part, record.trainable_before)
     return outer
 
 
@@ -247,21 +264,134 @@ def unmerge(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block, the model computes what its base model does, merged or not.
 
+    ``modules_to_save`` are then what they were at the patch too, in the device and dtype that they
+    have now: other, frozen parameters and buffers stand in their places, also in a state dict.
+    (What had no values at the patch, on the meta device, stays as it is.)
+
+    Raises:
+        ValueError: one of ``modules_to_save`` has other shapes than at the patch, or accelerate has
+            offloaded it; nothing is changed then.
+
     >>> model = patch_model(nn.Sequential(nn.Linear(4, 4)), ["0"], 2, init="gaussian")
     >>> with disabled(model):
     ...     y = model(torch.ones(4))
     >>> torch.equal(y, unpatch_model(model)(torch.ones(4)))
     True
     """
-    layers = [module for module in model.modules() if isinstance(module, C3ALinear)]
+    inner = unwrapped(model)
+    layers = [module for module in inner.modules() if isinstance(module, C3ALinear)]
     states = [layer.enabled for layer in layers]
+    heads = [(part, record) for part, record in _records(inner) if not record.set_aside]
     try:
+        for part, record in heads:
+            _show_originals(inner, part, record)
         for layer in layers:
             layer.enabled = False
         yield model
     finally:
         for layer, state in zip(layers, states, strict=True):
             layer.enabled = state
+        for part, record in heads:
+            _show_trained(inner, part, record)
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Within the block, ``modules_to_save`` are the trained ones, also in a ``disabled`` model."""
+    heads = [(part, record) for part, record in _records(model) if record.set_aside]
+    for part, record in heads:
+        _show_trained(model, part, record)
+    try:
+        yield
+    finally:
+        for part, record in heads:
+            _show_originals(model, part, record)
+
+
+def _records(model: nn.Module) -> list[tuple[nn.Module, _Record]]:
+    """Return the parts of a model that were patched, each with its record."""
+    found = ((part, vars(part).get("_c3a_record")) for part in model.modules())
+    return [(part, record) for part, record in found if record is not None]
+
+
+def _tensors(module: nn.Module, prefix: str = "", recurse: bool = True) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module, tied ones under each of their names."""
+    arguments = {"prefix": prefix, "recurse": recurse, "remove_duplicate": False}
+    return dict(chain(module.named_parameters(**arguments), module.named_buffers(**arguments)))
+
+
+def _copies(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copy the parameters and buffers of some modules, tied ones once."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= _tensors(model.get_submodule(name), name)
+    valued = {key: t for key, t in tensors.items() if not (t.is_meta or is_lazy(t))}
+    copies = {id(t): t.detach().clone() for t in {id(t): t for t in valued.values()}.values()}
+    return {key: copies[id(t)] for key, t in valued.items()}
+
+
+def _pairs(part: nn.Module, record: _Record) -> list[tuple[Tensor, Tensor]]:
+    """Return each trained tensor with what it was at the patch, in its device and dtype now."""
+    tensors = _tensors(part) | record.set_aside
+    pairs: dict[int, tuple[Tensor, Tensor]] = {}
+    for key, original in record.originals.items():
+        trained = tensors.get(key)
+        if trained is None or trained.shape != original.shape:
+            got = "none" if trained is None else f"one of shape {tuple(trained.shape)}"
+            raise ValueError(
+                f"c3a: {key} cannot be put back as it was at the patch: expected a tensor of "
+                f"shape {tuple(original.shape)}, got {got}"
+            )
+        if trained.is_meta and hasattr(part.get_submodule(key.rpartition(".")[0]), "_hf_hook"):
+            raise ValueError(
+                f"c3a: {key} cannot be put back as it was at the patch, since accelerate has "
+                "offloaded it: call accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
+        if id(trained) not in pairs:
+            pairs[id(trained)] = trained, original.to(trained.device, trained.dtype)
+    return list(pairs.values())
+
+
+@torch.no_grad()
+def _copy_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, original in pairs:
+        # What is as it was may not be writable: a buffer that is expanded, for instance.
+        if not tensor.is_meta and not torch.equal(tensor, original):
+            tensor.copy_(original)
+
+
+def _show_originals(model: nn.Module, part: nn.Module, record: _Record) -> None:
+    """Put what ``modules_to_save`` were in the place of what they are, wherever that stands."""
+    shown_instead = {
+        # A forward pass writes into buffers, and is not to write into the copies.
+        id(trained): nn.Parameter(original, requires_grad=False)
+        if isinstance(trained, nn.Parameter)
+        else original.clone()
+        for trained, original in _pairs(part, record)
+    }
+    tensors = _tensors(part)
+    record.set_aside = {key: tensors[key] for key in record.originals}
+    _replace_tensors(model, shown_instead)
+
+
+def _show_trained(model: nn.Module, part: nn.Module, record: _Record) -> None:
+    """Undo ``_show_originals``; what has moved or converted the model meanwhile counts."""
+    tensors, trained_instead = _tensors(part), {}
+    for key, trained in record.set_aside.items():
+        shown_now = tensors.get(key)
+        if shown_now is not None:
+            trained.data = trained.data.to(shown_now.device, shown_now.dtype)
+            trained_instead[id(shown_now)] = trained
+    _replace_tensors(model, trained_instead)
+    record.set_aside = {}
+
+
+def _replace_tensors(model: nn.Module, replacements: Mapping[int, Tensor]) -> None:
+    """Replace parameters and buffers, given by ``id``, wherever they stand in the model."""
+    for module in model.modules():
+        for name, tensor in _tensors(module, recurse=False).items():
+            if id(tensor) in replacements:
+                setattr(module, name, replacements[id(tensor)])
 
 
 def _replace_children(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
