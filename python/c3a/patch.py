@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .linear import C3ALinear
-from .names import block_size_from_pattern, matches
+from .names import block_size_from_pattern, matches, shown
 from .sizes import auto_block_size, check_block_size, features
 
 Targets = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
 BlockSize = int | str | Mapping[str, int]
+_MOST_SAID = 3  # layers of a message
 
 
 @dataclass
@@ -42,8 +43,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        else:
+        elif isinstance(model, nn.Module):
             return model
+        else:
+            raise TypeError(
+                "c3a: expected the model to be a torch.nn.Module, got "
+                f"{type(model).__name__} {shown(model)}"
+            )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, C3ALinear]:
@@ -61,10 +67,16 @@ def modules_to_save(model: nn.Module) -> tuple[str, ...]:
     return record.modules_to_save if record else ()
 
 
+def peft_layer(model: nn.Module) -> str | None:
+    """Return the name of a layer that the PEFT library has put into a model."""
+    has = (name for name, part in model.named_modules() if hasattr(part, "adapter_layer_names"))
+    return next(has, None)
+
+
 def patch_model(
     model: nn.Module,
     target_modules: Targets,
-    block_size: BlockSize,
+    block_size: BlockSize | None = None,
     *,
     rank: int = 8,
     scale: float | None = None,
@@ -94,9 +106,11 @@ def patch_model(
         The same model.
 
     Raises:
-        ValueError: nothing matched, a size does not divide, or the model is patched already; the
-            message lists what there is. The model is then as it was.
-        TypeError: a target is not a linear layer, or one whose owner reads its weight directly.
+        ValueError: nothing matched, a size does not divide, the model is patched already or holds
+            the PEFT library's adapters; the message lists what there is. The model is then as it
+            was.
+        TypeError: a target is not a linear layer, or one whose owner reads its weight directly; an
+            argument of another kind.
     """
     inner = unwrapped(model)
     plan = plan_patch(
@@ -134,6 +148,12 @@ def plan_patch(
             f"c3a.patch_model: the model is itself a layer, a {type(model).__name__}; wrap it with "
             "c3a.C3ALinear(layer, block_size)"
         )
+    if name := peft_layer(model):
+        raise ValueError(
+            f"c3a.patch_model: the model holds the PEFT library's adapters ({name} is one of its "
+            "layers): take them out with PEFT's model.unload() or model.merge_and_unload() first, "
+            "and patch the model that it returns"
+        )
     if adapted_layers(model):
         raise ValueError(
             "c3a.patch_model: the model is patched already; call c3a.unpatch_model first"
@@ -142,31 +162,38 @@ def plan_patch(
     targets = _resolve_targets(model, target_modules, saved)
     if not isinstance(rank, Real) or not 1 <= rank < math.inf:
         raise ValueError(f"c3a.patch_model: expected rank to be a number >= 1, got {rank!r}")
-    if isinstance(block_size, str) and block_size != "auto":
-        raise ValueError(
-            "c3a.patch_model: expected block_size to be a number, a mapping from names to numbers, "
-            f"or 'auto', got {block_size!r}"
-        )
+    _check_kind(block_size)
     sizes: dict[str, int] = {}
-    problems = []
+    problems = {}
     for name, module in targets.items():
         in_features, out_features = features(module)
-        if block_size == "auto":
+        if isinstance(block_size, str):
             size = auto_block_size(in_features, out_features, rank)
         elif isinstance(block_size, Mapping):
             size = block_size_from_pattern(block_size, name)
             if size is None:
-                problems.append(f"{name}: no key of the mapping {dict(block_size)} matches")
+                problems[name] = f"no key of the mapping {dict(block_size)} matches"
                 continue
         else:
             size = block_size
         try:
             check_block_size(size, in_features, out_features, pad)
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            problems[name] = str(error)
         sizes[name] = size
     if problems:
-        raise ValueError("c3a.patch_model: " + "\n  ".join(problems))
+        said = [f"{name}: {problem}" for name, problem in problems.items()][:_MOST_SAID]
+        if more := len(problems) - len(said):
+            said.append(f"and {more} more layers")
+        if isinstance(block_size, Real) and len(problems) < len(targets):
+            last = [name for name, module in model.named_modules() if features(module)][-1]
+            if target_modules == "all-linear" and last in problems:
+                said.append(
+                    f"if {last} is a new head, pass modules_to_save={[*saved, last]}, which "
+                    "trains it whole"
+                )
+            said.append("block_size='auto' or a mapping gives each layer a size of its own")
+        raise ValueError("c3a.patch_model: " + "; ".join(said))
     return PatchPlan(sizes, saved)
 
 
@@ -436,13 +463,34 @@ def _available(model: nn.Module) -> str:
     return f"linear layers of the model: {listed or 'none'}"
 
 
-def _resolve_modules_to_save(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(names, str):
+def _check_kind(block_size: object) -> None:
+    if isinstance(block_size, Real | Mapping) or (
+        isinstance(block_size, str) and block_size == "auto"
+    ):
+        return
+    error = ValueError if isinstance(block_size, str) else TypeError
+    raise error(
+        "c3a.patch_model: expected block_size to be a number, a mapping from names to numbers, "
+        f"or 'auto', got {shown(block_size)}"
+    )
+
+
+def _names(argument: str, kinds: str, names: object) -> list[str]:
+    """Return a list of names, or raise TypeError."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"c3a.patch_model: expected {argument} to be {kinds}, got {shown(names)}")
+    names = list(names)
+    if wrong := [name for name in names if not isinstance(name, str)]:
         raise TypeError(
-            f"c3a.patch_model: expected modules_to_save to be a list of names, got {names!r}"
+            f"c3a.patch_model: expected {argument} to hold names, got {type(wrong[0]).__name__} "
+            f"{shown(wrong[0])}"
         )
+    return names
+
+
+def _resolve_modules_to_save(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     resolved = []
-    for wanted in names:
+    for wanted in _names("modules_to_save", "a list of names", names):
         found = [name for name, _ in model.named_modules() if name and matches([wanted], name)]
         if not found:
             children = ", ".join(name for name, _ in model.named_children())
@@ -459,9 +507,9 @@ def _resolve_targets(
 ) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if name}
     reads_weight = _read_by_weight(model)
-    if isinstance(targets, re.Pattern):
-        pattern = targets
-        chosen = [name for name in modules if pattern.fullmatch(name)]
+    kinds = "a list of names, a regular expression, a predicate or 'all-linear'"
+    if isinstance(targets, re.Pattern) and isinstance(targets.pattern, str):
+        chosen = [name for name in modules if targets.fullmatch(name)]
     elif isinstance(targets, str) and targets == "all-linear":
         outputs = _output_embeddings(model)
         chosen = [
@@ -474,9 +522,17 @@ def _resolve_targets(
     elif isinstance(targets, str):
         chosen = [name for name in modules if matches(targets, name)]
     elif callable(targets):
-        chosen = [name for name, module in modules.items() if targets(name, module)]
+        chosen = [name for name, module in modules.items() if _says_yes(targets, name, module)]
+    elif hasattr(targets, "peft_type"):
+        raise TypeError(
+            f"c3a.patch_model: expected target_modules to be {kinds}, got a "
+            f"{type(targets).__name__} of the PEFT library; pass what it holds: "
+            "target_modules=config.target_modules, "
+            f"block_size={getattr(targets, 'block_size', 'auto')!r}, "
+            "modules_to_save=config.modules_to_save or ()"
+        )
     else:
-        targets = list(targets)
+        targets = _names("target_modules", kinds, targets)
         missing = [t for t in targets if not any(matches([t], name) for name in modules)]
         if missing:
             raise ValueError(
@@ -484,7 +540,13 @@ def _resolve_targets(
                 + _available(model)
             )
         chosen = [name for name in modules if matches(targets, name)]
-    chosen = [n for n in chosen if not any(n == s or n.startswith(f"{s}.") for s in saved)]
+    matched = chosen
+    chosen = [n for n in matched if not any(n == s or n.startswith(f"{s}.") for s in saved)]
+    if matched and not chosen:
+        raise ValueError(
+            f"c3a.patch_model: all that target_modules {targets!r} matched is in modules_to_save "
+            f"{list(saved)}, and is trained whole instead of adapted; {_available(model)}"
+        )
     if not chosen:
         hint = (
             "; a string is a regular expression for whole names: for the ends of names pass a list"
@@ -505,6 +567,16 @@ def _resolve_targets(
                 "weight instead of calling it, so an adapter would have no effect"
             )
     return {name: modules[name] for name in chosen}
+
+
+def _says_yes(predicate: Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
+    try:
+        return bool(predicate(name, module))
+    except Exception as error:
+        raise ValueError(
+            f"c3a.patch_model: the predicate target_modules failed for {name!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _is_innermost_linear(module: nn.Module) -> bool:
