@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,6 +112,11 @@ def patch_model(
             was.
         TypeError: a target is not a linear layer, or one whose owner reads its weight directly; an
             argument of another kind.
+
+    Warns of a head that ``from_pretrained`` of transformers (5 or newer) has made anew, as its
+    checkpoint held none, and that is not in ``modules_to_save``: it would never be trained. A head
+    that ``load_state_dict`` has filled since then cannot be told from a new one; of a model that
+    was not made by ``from_pretrained`` nothing is said.
     """
     inner = unwrapped(model)
     plan = plan_patch(
@@ -121,6 +127,13 @@ def patch_model(
         modules_to_save=modules_to_save,
         pad=pad,
     )
+    if new := _new_heads(inner, plan.modules_to_save):
+        warnings.warn(
+            f"c3a.patch_model: {', '.join(new)}: weights that the model's checkpoint did not hold "
+            "are random, and would stay so, for they are frozen; to train them and save them with "
+            f"the adapter, pass modules_to_save={[*plan.modules_to_save, *new]}",
+            stacklevel=2,
+        )
     apply_patch(inner, plan, scale=scale, init=init, dtype=dtype, pad=pad)
     return model
 
@@ -461,6 +474,31 @@ def _available(model: nn.Module) -> str:
             counts[last] = counts.get(last, 0) + 1
     listed = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
     return f"linear layers of the model: {listed or 'none'}"
+
+
+def _new_heads(model: nn.Module, saved: Iterable[str]) -> list[str]:
+    """Return the largest modules of a model with a head that have nothing but new weights.
+
+    ``from_pretrained`` of transformers marks the parameters that it read from the checkpoint.
+    """
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return []
+    outputs = _output_embeddings(model)  # resized ones are not marked
+    known = {
+        id(parameter)
+        for part in (outputs, *map(model.get_submodule, saved))
+        if part is not None
+        for parameter in part.parameters()
+    }
+    marked = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
+    found: list[str] = []
+    for name, module in model.named_modules() if marked else ():
+        within = any(name.startswith(f"{outer}.") for outer in found)
+        ids = {id(parameter) for parameter in module.parameters()}
+        if ids and not within and ids.isdisjoint(marked | known):
+            found.append(name)
+    return found
 
 
 def _check_kind(block_size: object) -> None:
