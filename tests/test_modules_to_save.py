@@ -273,6 +273,25 @@ def test_wrapped_models_show_both(wrapper, tmp_path):
             torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("saved", [(), ("head",)], ids=["no head", "head"])
+def test_disabled_within_a_compiled_function(saved):
+    base = Model().eval()
+    expected = output(base)
+    model = patched(base, modules_to_save=saved)
+    if saved:
+        trained(model)
+    with_adapter = output(model)
+
+    @torch.compile(backend="eager", fullgraph=not saved)
+    def of_the_base(x):
+        with c3a.disabled(model):
+            return model(x)
+
+    torch.testing.assert_close(of_the_base(X), expected)
+    assert torch.equal(output(model), with_adapter)
+    assert not torch.allclose(with_adapter, expected)
+
+
 def test_copies_take_the_memory_of_the_head_alone():
     model = patched()
     copies = model._c3a_record.originals

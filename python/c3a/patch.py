@@ -321,10 +321,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     inner = unwrapped(model)
     layers = [module for module in inner.modules() if isinstance(module, C3ALinear)]
     states = [layer.enabled for layer in layers]
-    heads = [(part, record) for part, record in _records(inner) if not record.set_aside]
+    found = _records(inner)
+    heads = [(p, record) for p, record in found if record.originals and not record.set_aside]
     try:
         for part, record in heads:
-            _show_originals(inner, part, record)
+            _uncompiled(_show_originals)(inner, part, record)
         for layer in layers:
             layer.enabled = False
         yield model
@@ -332,7 +333,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for layer, state in zip(layers, states, strict=True):
             layer.enabled = state
         for part, record in heads:
-            _show_trained(inner, part, record)
+            _uncompiled(_show_trained)(inner, part, record)
+
+
+def _uncompiled(function: Callable) -> Callable:
+    """Keep the compiler, which makes no parameters, out of a function (without importing it)."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 @contextmanager
