@@ -170,6 +170,8 @@ def apply_patch(
     pad: bool = False,
 ) -> nn.Module:
     """Carry out a plan: all layers are made before the first one is put in place."""
+    from . import pretrained  # which saves adapters, for which it needs this module
+
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     wrapped: dict[int, C3ALinear] = {}
     try:
@@ -189,6 +191,7 @@ def apply_patch(
     for name in plan.modules_to_save:
         model.get_submodule(name).requires_grad_(True)
     model._c3a_record = _Record(plan.modules_to_save, trainable)
+    pretrained.take_over(model)
     return model
 
 
@@ -208,6 +211,8 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
         TypeError, ValueError: ``merge`` and a base layer that cannot take the adapter, or ``safe``
             and a weight that would not be finite; the model is then as it was.
     """
+    from . import pretrained
+
     if merge:
         _merge_all(model, safe)
     outer, model = model, unwrapped(model)
@@ -220,6 +225,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
                 layer.unmerge()
             inner[id(layer)] = layer.base_layer
         _replace_children(model, inner)
+    pretrained.give_back(model)
     record = model.__dict__.pop("_c3a_record", None)
     if record is not None:
         _restore_requires_grad(model, record.trainable_before)
