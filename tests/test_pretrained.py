@@ -1,15 +1,15 @@
 """save_pretrained of patched models, Trainer's checkpoints, and adapters saved alone."""
 
 import copy
-import gc
 import json
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
 import warnings
-import weakref
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -49,6 +49,7 @@ def classifier(folder):
 
 
 def patched(folder, **options):
+    torch.manual_seed(1)
     model = classifier(folder)
     options = {"init": "gaussian", "modules_to_save": ["classifier"], **options}
     c3a.patch_model(model, "all-linear", 6, **options)
@@ -331,12 +332,17 @@ def test_copies_and_pickles_save_themselves(bert, tmp_path):
 
 def test_unpatching_gives_every_save_pretrained_back(bert, tmp_path):
     model = classifier(bert)
+    outputs(model)  # transformers' own marks
     before = {name: dict(vars(part)) for name, part in model.named_modules()}
     c3a.patch_model(model, ["query"], 6)
     assert {name for name, part in model.named_modules() if "save_pretrained" in vars(part)} == {
         "",
         "bert",
     }
+    c3a.unpatch_model(model.bert)  # the whole has no adapter any more, and is an ordinary model
+    model.save_pretrained(tmp_path / "in part")
+    assert "adapter_config.json" not in os.listdir(tmp_path / "in part")
+    assert_close(outputs(classifier(tmp_path / "in part")), outputs(model))
     c3a.unpatch_model(model)
     after = {name: dict(vars(part)) for name, part in model.named_modules()}
     assert {n: set(v) for n, v in after.items()} == {n: set(v) for n, v in before.items()}
@@ -352,29 +358,41 @@ def test_a_part_of_a_patched_model_saves_itself(bert, tmp_path):
         assert_close(again(X).pooler_output, model.bert(X).pooler_output)
 
 
-def test_a_patched_model_that_nobody_has_is_gone_at_once():
-    class Model(transformers.PreTrainedModel):
-        config_class = transformers.PretrainedConfig
+def test_a_model_that_only_the_call_has_is_saved(bert, tmp_path):
+    patched(bert).save_pretrained(tmp_path)
+    assert_close(outputs(classifier(tmp_path)), outputs(patched(bert)))
 
-        def __init__(self):
-            super().__init__(transformers.PretrainedConfig())
-            self.layer = torch.nn.Linear(4, 4)
 
-    gc.collect()
-    gc.disable()
+def test_the_hub_gets_the_adapter_too(bert, tmp_path, monkeypatch):
+    model, sent = patched(bert), set()
+    hub = SimpleNamespace(create_repo=lambda *_, **__: SimpleNamespace(repo_id="me/mine"))
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(
+        model, "_upload_modified_files", lambda folder, *_, **__: sent.update(os.listdir(folder))
+    )
+    model.push_to_hub("me/mine")
+    assert {"model.safetensors", "adapter_model.safetensors", "adapter_config.json"} <= sent
+
+
+def test_the_command_line_merges_a_saved_folder(bert, tmp_path):
+    from c3a.cli import main
+
+    model = patched(bert)
+    model.save_pretrained(tmp_path / "saved")
+    verbosity = transformers.logging.get_verbosity()
     try:
-        gone = []
-        for patch in (False, True):
-            model = Model()
-            if patch:
-                c3a.patch_model(model, ["layer"], 2)
-                assert "save_pretrained" in vars(model)
-            reference = weakref.ref(model)
-            del model
-            gone.append(reference() is None)
-        assert gone == [True, True]
+        assert main(["merge", str(tmp_path / "saved"), str(tmp_path / "merged")]) == 0
     finally:
-        gc.enable()
+        transformers.logging.set_verbosity(verbosity)
+    assert_close(outputs(classifier(tmp_path / "merged")), outputs(model))
+
+
+def test_a_model_with_pefts_layers_is_told_how_to_load_without_them(bert, tmp_path):
+    patched(bert).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="from_pretrained found .* use c3a.load_pretrained"):
+        c3a.load_adapter(classifier(tmp_path), tmp_path)
 
 
 def test_compiled_models_save_themselves_too(bert, tmp_path):
@@ -478,7 +496,7 @@ def test_trainer_loads_the_best_model_and_saves_it(bert, tmp_path):
 
 @pytest.mark.parametrize(
     ("every", "keep", "expected"),
-    [("epoch", None, [4, 6]), (2, None, [2, 4, 6]), (2, 1, [6]), (4, 2, [4])],
+    [("epoch", None, [4, 6]), (2, 2, [4, 6]), (4, 2, [4])],
 )
 def test_the_callback_saves_adapters_alone(every, keep, expected, bert, tmp_path):
     model = patched(bert, init="zeros")
@@ -497,8 +515,6 @@ def test_the_callback_saves_adapters_alone(every, keep, expected, bert, tmp_path
 
 
 def test_the_callback_is_of_the_main_process_and_keeps_the_newest(bert, tmp_path):
-    from types import SimpleNamespace
-
     model, callback = patched(bert), AdapterCallback(every=1, keep=2)
     arguments = SimpleNamespace(output_dir=str(tmp_path))
     for step, is_main in ((7, True), (8, True), (5, True), (6, False)):

@@ -169,7 +169,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             raise ValueError(
                 f"the model holds the PEFT library's adapters ({name} is one of its layers): load "
                 "another with PEFT's model.load_adapter(folder, name), or take them out with "
-                "PEFT's model.unload() and load into the model that it returns"
+                "PEFT's model.unload() and load into the model that it returns; where "
+                "from_pretrained found them beside the model, use c3a.load_pretrained instead"
             )
         adapter = read(Path(folder))
         layers = adapted_layers(inner)

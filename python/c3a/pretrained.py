@@ -8,8 +8,8 @@ written as an ordinary one.
 
 import re
 import sys
-import weakref
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ from .patch import adapted_layers
 
 _WHO = "c3a: save_pretrained"
 _NO_SUCH_FOLDER = "no-adapter"
+# What PEFT's configurations call the tasks that a class of transformers says in its name.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
 
 
 def load_pretrained(model_class: Any, folder: str | Path, **options) -> nn.Module:
@@ -58,88 +66,83 @@ def take_over(model: nn.Module) -> None:
     library = sys.modules.get("transformers.modeling_utils")
     for part in model.modules() if library else ():
         if isinstance(part, library.PreTrainedModel) and adapted_layers(part):
-            part.__dict__.setdefault("save_pretrained", SavePretrained(part))
+            # goes with the model where that is copied or pickled
+            part.__dict__.setdefault("save_pretrained", partial(save_pretrained, part))
 
 
 def give_back(model: nn.Module) -> None:
     """Undo ``take_over``."""
     for part in model.modules():
-        if isinstance(part.__dict__.get("save_pretrained"), SavePretrained):
+        if getattr(part.__dict__.get("save_pretrained"), "func", None) is save_pretrained:
             del part.__dict__["save_pretrained"]
 
 
-class SavePretrained:
-    """A patched model's ``save_pretrained``. It is copied and pickled with the model.
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **options,
+) -> None:
+    """Write a patched model's base and adapter, or a merged model, as one step.
 
-    The reference is weak: a model that nobody has any more is to go at once.
+    Args:
+        model: a patched model of transformers.
+        save_directory, is_main_process, state_dict, options: as for the model's own method.
+
+    Raises:
+        ValueError: as ``c3a.save_adapter``; some layers are merged and some not; a merged model,
+            and a folder with an adapter; ``push_to_hub``, or ``distributed_checkpoint``. Nothing
+            is written then.
+
+    Warns that ``from_pretrained`` cannot load layers that PEFT cannot adapt.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-
-    def __reduce__(self):
-        return SavePretrained, (self._model(),)
-
-    def __call__(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        **options,
-    ) -> None:
-        """Write base model and adapter, or the merged model, as one step.
-
-        Args:
-            save_directory, is_main_process, state_dict, options: as for the model's own method.
-
-        Raises:
-            ValueError: as ``c3a.save_adapter``; some layers are merged and some not; a merged
-                model, and a folder with an adapter; ``push_to_hub``, or ``distributed_checkpoint``.
-                Nothing is written then.
-
-        Warns that ``from_pretrained`` cannot load layers that PEFT cannot adapt.
-        """
-        model, folder = self._model(), Path(save_directory)
-        with said_by(_WHO):
-            if unable := [
-                key for key in ("push_to_hub", "distributed_checkpoint") if options.get(key)
-            ]:
-                raise ValueError(
-                    f"expected {unable[0]}=False for a patched model, whose adapter is written "
-                    "beside it (model.push_to_hub sends both)"
-                )
-            is_merged = _is_merged(model)
-            if is_merged and (folder / CONFIG).exists():
-                raise ValueError(
-                    f"{folder} holds an adapter ({CONFIG}), which from_pretrained would add to the "
-                    "merged weights: save into another folder"
-                )
-            adapter = None if is_merged else adapter_of(model, None, state_dict)
-            base = _base_of(model, is_merged)
-        if state_dict is not None:
-            state_dict = _in_base_names(model, base, state_dict, is_merged)
-        write = type(base).save_pretrained
-        if not is_main_process:
-            write(base, folder, is_main_process=False, state_dict=state_dict, **options)
-            return
-        if adapter:
-            warn_of_what_peft_cannot_load(
-                f"{_WHO}: c3a.load_pretrained can load {folder}, from_pretrained cannot, as it "
-                "leaves the adapter to the PEFT library",
-                adapted_layers(model),
-                stacklevel=2,
+    folder = Path(save_directory)
+    with said_by(_WHO):
+        if unable := [key for key in ("push_to_hub", "distributed_checkpoint") if options.get(key)]:
+            raise ValueError(
+                f"expected {unable[0]}=False for a patched model, whose adapter is written "
+                "beside it (model.push_to_hub sends both)"
             )
-        with replacing_in(folder, last=adapter_files.FILES) as fresh:
-            write(base, fresh, state_dict=state_dict, **options)
-            if adapter:
-                adapter_files.prepare(fresh, folder, *adapter)
-            written = {path.name for path in fresh.iterdir()}
-        _remove_stale_weights(folder, written, options.get("variant"))
+        layers = adapted_layers(model)
+        is_merged = _is_merged(layers)
+        if is_merged and (folder / CONFIG).exists():
+            raise ValueError(
+                f"{folder} holds an adapter ({CONFIG}), which from_pretrained would add to the "
+                "merged weights: save into another folder"
+            )
+        has_adapter = bool(layers) and not is_merged
+        adapter = adapter_of(model, _task_of(model), state_dict) if has_adapter else None
+        base = _base_of(model, is_merged)
+    if state_dict is not None:
+        state_dict = _in_base_names(model, state_dict, is_merged)
+    write = type(base).save_pretrained
+    if not is_main_process:
+        write(base, folder, is_main_process=False, state_dict=state_dict, **options)
+        return
+    if adapter:
+        warn_of_what_peft_cannot_load(
+            f"{_WHO}: c3a.load_pretrained can load {folder}, from_pretrained cannot, as it "
+            "leaves the adapter to the PEFT library",
+            layers,
+            stacklevel=2,
+        )
+    with replacing_in(folder, last=adapter_files.FILES) as fresh:
+        write(base, fresh, state_dict=state_dict, **options)
+        if adapter:
+            adapter_files.prepare(fresh, folder, *adapter)
+        written = {path.name for path in fresh.iterdir()}
+    _remove_stale_weights(folder, written, options.get("variant"))
 
 
-def _is_merged(model: nn.Module) -> bool:
+def _task_of(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+
+def _is_merged(layers: Mapping[str, C3ALinear]) -> bool:
     names: dict[bool, list[str]] = {True: [], False: []}
-    for name, layer in adapted_layers(model).items():
+    for name, layer in layers.items():
         names[layer.merged].append(name)
     if names[True] and names[False]:
         raise ValueError(
@@ -195,7 +198,7 @@ def _merged_weight(layer: C3ALinear) -> nn.Parameter:
 
 
 def _in_base_names(
-    model: nn.Module, base: nn.Module, state: Mapping[str, Tensor], is_merged: bool
+    model: nn.Module, state: Mapping[str, Tensor], is_merged: bool
 ) -> dict[str, Tensor]:
     """Return a state dict of the model in the names of its base, as ``_base_of`` has them."""
     places = {
