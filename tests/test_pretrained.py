@@ -258,8 +258,9 @@ def test_what_peft_cannot_load_is_said_and_refused_by_from_pretrained(tmp_path):
     )
     model = transformers.GPT2LMHeadModel(config).eval()
     c3a.patch_model(model, ["c_attn", "c_fc"], 6, init="gaussian")
-    with pytest.warns(UserWarning, match=r"from_pretrained cannot.*c_attn \(Conv1D\)"):
+    with pytest.warns(UserWarning, match=r"from_pretrained cannot.*c_attn \(Conv1D\)") as warned:
         model.save_pretrained(tmp_path)
+    assert warned[0].filename == __file__
     with pytest.raises(TypeError, match="Conv1D.* is not supported"):
         transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     again = c3a.load_pretrained(transformers.GPT2LMHeadModel, tmp_path)

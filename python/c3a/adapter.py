@@ -82,7 +82,6 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
         "c3a.save_adapter: c3a.load_adapter can load this adapter into such a model, the PEFT "
         "library cannot",
         adapted_layers(model),
-        stacklevel=3,
     )
     write(folder, tensors, config)
     return folder
@@ -268,10 +267,8 @@ def _warn_of_what_is_left_out(model: nn.Module, tensors: Collection[str]) -> Non
         )
 
 
-def warn_of_what_peft_cannot_load(
-    consequence: str, layers: Mapping[str, C3ALinear], stacklevel: int
-) -> None:
-    """Warn of a consequence, with the layers that it is due to, if there are any."""
+def warn_of_what_peft_cannot_load(consequence: str, layers: Mapping[str, C3ALinear]) -> None:
+    """Warn the caller's caller of a consequence, with the layers it is due to, if there are any."""
     padded = [
         name
         for name, layer in layers.items()
@@ -285,7 +282,7 @@ def warn_of_what_peft_cannot_load(
     reasons = [f"it does not pad: {_some(padded)}"] if padded else []
     reasons += [f"it adapts torch.nn.Linear only: {_some(other)}"] if other else []
     if reasons:
-        warnings.warn(f"{consequence}; {'; '.join(reasons)}", stacklevel=stacklevel + 1)
+        warnings.warn(f"{consequence}; {'; '.join(reasons)}", stacklevel=3)
 
 
 def _some(names: Collection[str]) -> str:

@@ -125,7 +125,6 @@ def save_pretrained(
             f"{_WHO}: c3a.load_pretrained can load {folder}, from_pretrained cannot, as it "
             "leaves the adapter to the PEFT library",
             layers,
-            stacklevel=2,
         )
     with replacing_in(folder, last=adapter_files.FILES) as fresh:
         write(base, fresh, state_dict=state_dict, **options)
