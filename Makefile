@@ -35,7 +35,7 @@ CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
 help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
-	@echo "make test       set up, then check formatting and run every test"
+	@echo "make test       set up, then check formatting and types and run every test"
 	@echo "make levels     the tests at the CPU's other instruction sets (after make test)"
 	@echo "make fuzz       random calls, 8 threads at once, damaged files, killed saves (after make test)"
 	@echo "make sanitize   the CPU kernels' tests under AddressSanitizer and UBSan (after make test)"
@@ -161,6 +161,7 @@ aarch64:
 lint:
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES) README.md
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 format: $(PY)

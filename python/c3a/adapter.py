@@ -8,11 +8,12 @@ scale is multiplied into the kernel that is stored.
 import dataclasses
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import reduce
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .adapter_files import (
 from .linear import C3ALinear
 from .names import ends, first_keys, fully_matched, layer_numbers, matches, shown
 from .patch import (
+    Model,
     PatchPlan,
     adapted_layers,
     apply_patch,
@@ -40,7 +42,7 @@ from .patch import (
     plan_patch,
     unwrapped,
 )
-from .sizes import check_block_size, features, kernel_shape
+from .sizes import check_block_size, kernel_shape, linear_features
 
 __all__ = [
     "CONFIG",
@@ -91,7 +93,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
 
 def adapter_of(
     model: nn.Module, task_type: str | None, state: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], dict]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the configuration of a patched model's adapter, as they are stored.
 
     Args:
@@ -126,7 +128,7 @@ def adapter_of(
         tensors[kernel_key(name)] = _to_stored(name, layer, kernel).cpu().contiguous().clone()
     for name in saved:
         module = model.get_submodule(name)
-        with _onloaded(name, module.modules(), lambda module=module: _state(module).values()):
+        with _onloaded(name, module, module.modules(), lambda part: _state(part).values()):
             for key, tensor in _state(module).items():
                 key = f"{name}.{key}"
                 tensors[f"{PREFIX}{key}"] = (
@@ -137,11 +139,11 @@ def adapter_of(
 
 def kernel_of(name: str, layer: C3ALinear) -> Tensor:
     """Return a layer's kernel, from where accelerate has put it if it is offloaded."""
-    with _onloaded(name, [layer], lambda: [layer.c3a_kernel]):
+    with _onloaded(name, layer, [layer], lambda layer: [layer.c3a_kernel]):
         return layer.c3a_kernel.detach()
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_adapter(model: Model, folder: str | Path) -> Model:
     """Load an adapter that ``save_adapter`` or the PEFT library wrote.
 
     A model that is not patched yet is patched from the adapter's configuration first. Everything is
@@ -211,16 +213,21 @@ def _has_values(value: object) -> bool:
 
 
 @contextmanager
-def _onloaded(name: str, parts: Iterable[nn.Module], tensors) -> Iterator[None]:
+def _onloaded(
+    name: str,
+    module: Model,
+    parts: Iterable[nn.Module],
+    tensors: Callable[[Model], Iterable[Tensor]],
+) -> Iterator[None]:
     """Within the block, what accelerate has offloaded from some modules has its values."""
     with ExitStack() as stack:
-        if any(tensor.is_meta for tensor in tensors()):
+        if any(tensor.is_meta for tensor in tensors(module)):
             for part in parts:
                 if hasattr(part, "_hf_hook"):
                     from accelerate.utils import align_module_device
 
                     stack.enter_context(align_module_device(part))
-            if any(tensor.is_meta for tensor in tensors()):
+            if any(tensor.is_meta for tensor in tensors(module)):
                 raise ValueError(
                     f"{name} is on the meta device, where nothing has values, and accelerate has "
                     "not offloaded it either"
@@ -291,7 +298,7 @@ def _some(names: Collection[str]) -> str:
 
 def _config_of(
     model: nn.Module, layers: Mapping[str, C3ALinear], saved: tuple[str, ...], task_type: str | None
-) -> dict:
+) -> dict[str, Any]:
     sizes = {name: layer.block_size for name, layer in layers.items()}
     usual, pattern = _block_sizes_of(sizes)
     inits = {layer.init for layer in layers.values()}
@@ -406,11 +413,11 @@ def _plan_of(model: nn.Module, adapter: Adapter) -> PatchPlan:
     sizes = _sizes_of(config, source, list(any_size.block_sizes))
     for name, size in sizes.items():
         with said_by(f"{source}: {name}"):
-            check_block_size(size, *features(model.get_submodule(name)), pad=True)
+            check_block_size(size, *linear_features(model.get_submodule(name)), pad=True)
     return dataclasses.replace(any_size, block_sizes=sizes)
 
 
-def _chosen_of(config: Mapping, source: str, names: list[str]) -> set[str]:
+def _chosen_of(config: Mapping[str, Any], source: str, names: list[str]) -> set[str]:
     targets = config["target_modules"]
     if isinstance(targets, str):
         with said_by(f"{source}: target_modules"):
@@ -428,11 +435,11 @@ def _chosen_of(config: Mapping, source: str, names: list[str]) -> set[str]:
     return {name for name in chosen if numbers.get(name) in indices}
 
 
-def _sizes_of(config: Mapping, source: str, names: list[str]) -> dict[str, int]:
+def _sizes_of(config: Mapping[str, Any], source: str, names: list[str]) -> dict[str, int]:
     pattern, default = config.get("block_size_pattern") or {}, config.get("block_size")
     with said_by(f"{source}: block_size_pattern"):
         keys = first_keys(list(pattern), names)
-    sizes = {
+    sizes: dict[str, Any] = {
         name: _size_of(pattern, name, key) or default for name, key in zip(names, keys, strict=True)
     }
     for name, size in sizes.items():
@@ -447,7 +454,7 @@ def _check_tensors(
     """Raise ValueError unless the file has exactly what the model takes, in its shapes."""
     shapes = {kernel_key(name): tuple(layer.c3a_kernel.shape) for name, layer in layers.items()}
     for name, b in plan.block_sizes.items() if plan else ():
-        shapes[kernel_key(name)] = kernel_shape(*features(model.get_submodule(name)), b)
+        shapes[kernel_key(name)] = kernel_shape(*linear_features(model.get_submodule(name)), b)
     heads = {
         f"{PREFIX}{name}.{key}": tensor
         for name in (plan.modules_to_save if plan else modules_to_save(model))
@@ -479,7 +486,9 @@ def _check_has_values(
     model: nn.Module, layers: Mapping[str, C3ALinear], plan: PatchPlan | None
 ) -> None:
     """Raise ValueError if something that is written, or what a kernel is made beside, is meta."""
-    places = {f"{name}.c3a_kernel": [layer.c3a_kernel] for name, layer in layers.items()}
+    places: dict[str, Iterable[Tensor]] = {
+        f"{name}.c3a_kernel": [layer.c3a_kernel] for name, layer in layers.items()
+    }
     for name in plan.block_sizes if plan else ():
         module = model.get_submodule(name)
         places[name] = [*module.parameters(), *module.buffers()]

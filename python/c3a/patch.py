@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,12 @@ from torch.nn.parameter import is_lazy
 
 from .linear import C3ALinear
 from .names import block_size_from_pattern, matches, shown
-from .sizes import auto_block_size, check_block_size, features
+from .sizes import auto_block_size, check_block_size, features, linear_features
 
-Targets = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
+Targets = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Module], bool]
 BlockSize = int | str | Mapping[str, int]
+Model = TypeVar("Model", bound=nn.Module)
+_F = TypeVar("_F", bound=Callable[..., Any])
 _MOST_SAID = 3  # layers of a message
 
 
@@ -41,7 +44,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(model, nn.Module):
@@ -75,7 +78,7 @@ def peft_layer(model: nn.Module) -> str | None:
 
 
 def patch_model(
-    model: nn.Module,
+    model: Model,
     target_modules: Targets,
     block_size: BlockSize | None = None,
     *,
@@ -85,7 +88,7 @@ def patch_model(
     dtype: torch.dtype = torch.float32,
     modules_to_save: Iterable[str] = (),
     pad: bool = False,
-) -> nn.Module:
+) -> Model:
     """Wrap the chosen layers of a model in ``C3ALinear``, in place, and freeze the rest.
 
     Args:
@@ -148,7 +151,7 @@ class PatchPlan:
 def plan_patch(
     model: nn.Module,
     target_modules: Targets,
-    block_size: BlockSize,
+    block_size: BlockSize | None,
     *,
     rank: int = 8,
     modules_to_save: Iterable[str] = (),
@@ -172,20 +175,23 @@ def plan_patch(
         )
     saved = _resolve_modules_to_save(model, modules_to_save)
     targets = _resolve_targets(model, target_modules, saved)
-    if not isinstance(rank, Real) or not 1 <= rank < math.inf:
+    given: object = rank
+    if not isinstance(given, Real) or not 1 <= rank < math.inf:
         raise ValueError(f"c3a.patch_model: expected rank to be a number >= 1, got {rank!r}")
     _check_kind(block_size)
+    assert block_size is not None
     sizes: dict[str, int] = {}
     problems = {}
     for name, module in targets.items():
-        in_features, out_features = features(module)
+        in_features, out_features = linear_features(module)
         if isinstance(block_size, str):
             size = auto_block_size(in_features, out_features, rank)
         elif isinstance(block_size, Mapping):
-            size = block_size_from_pattern(block_size, name)
-            if size is None:
+            found = block_size_from_pattern(block_size, name)
+            if found is None:
                 problems[name] = f"no key of the mapping {dict(block_size)} matches"
                 continue
+            size = found
         else:
             size = block_size
         try:
@@ -210,14 +216,14 @@ def plan_patch(
 
 
 def apply_patch(
-    model: nn.Module,
+    model: Model,
     plan: PatchPlan,
     *,
     scale: float | None = None,
     init: str = "zeros",
     dtype: torch.dtype = torch.float32,
     pad: bool = False,
-) -> nn.Module:
+) -> Model:
     """Carry out a plan: all layers are made before the first one is put in place."""
     from . import pretrained  # which saves adapters, for which it needs this module
 
@@ -240,12 +246,12 @@ def apply_patch(
         layer.c3a_kernel.requires_grad_(True)
     for name in plan.modules_to_save:
         model.get_submodule(name).requires_grad_(True)
-    model._c3a_record = _Record(plan.modules_to_save, trainable, originals)
+    model.__dict__["_c3a_record"] = _Record(plan.modules_to_save, trainable, originals)
     pretrained.take_over(model)
     return model
 
 
-def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -> nn.Module:
+def unpatch_model(model: Model, *, merge: bool = False, safe: bool = True) -> Model:
     """Take the adapters out of a model, in place.
 
     Args:
@@ -265,13 +271,13 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
     """
     from . import pretrained
 
-    outer, model = model, unwrapped(model)
-    records = _records(model)
+    patched = unwrapped(model)
+    records = _records(patched)
     if merge:
-        _merge_all(model, safe)
+        _merge_all(patched, safe)
     else:
         _copy_back(list(chain.from_iterable(_pairs(*found) for found in records)))
-    while layers := adapted_layers(model):
+    while layers := adapted_layers(patched):
         inner = {}
         for layer in layers.values():
             if merge:
@@ -279,16 +285,16 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
             else:
                 layer.unmerge()
             inner[id(layer)] = layer.base_layer
-        _replace_children(model, inner)
-    pretrained.give_back(model)
+        _replace_children(patched, inner)
+    pretrained.give_back(patched)
     for part, record in records:
-        _show_trained(model, part, record)
+        _show_trained(patched, part, record)
         del part._c3a_record
         _restore_requires_grad(part, record.trainable_before)
-    return outer
+    return model
 
 
-def merge(model: nn.Module, *, safe: bool = True) -> nn.Module:
+def merge(model: Model, *, safe: bool = True) -> Model:
     """Merge every adapter of a model (``C3ALinear.merge``): all, or none where one cannot be.
 
     Raises:
@@ -298,7 +304,7 @@ def merge(model: nn.Module, *, safe: bool = True) -> nn.Module:
     return model
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: Model) -> Model:
     """Undo ``merge``: every weight is as it was, bit for bit."""
     for layer in adapted_layers(model).values():
         layer.unmerge()
@@ -306,7 +312,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: Model) -> Iterator[Model]:
     """Within the block, the model computes what its base model does, merged or not.
 
     ``modules_to_save`` are then what they were at the patch too, in the device and dtype that they
@@ -341,7 +347,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             _uncompiled(_show_trained)(inner, part, record)
 
 
-def _uncompiled(function: Callable) -> Callable:
+def _uncompiled(function: _F) -> _F:
     """Keep the compiler, which makes no parameters, out of a function (without importing it)."""
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
@@ -367,7 +373,7 @@ def _records(model: nn.Module) -> list[tuple[nn.Module, _Record]]:
 
 def _tensors(module: nn.Module, prefix: str = "", recurse: bool = True) -> dict[str, Tensor]:
     """Return the parameters and buffers of a module, tied ones under each of their names."""
-    arguments = {"prefix": prefix, "recurse": recurse, "remove_duplicate": False}
+    arguments: dict[str, Any] = {"prefix": prefix, "recurse": recurse, "remove_duplicate": False}
     return dict(chain(module.named_parameters(**arguments), module.named_buffers(**arguments)))
 
 

@@ -34,7 +34,7 @@ _TASKS = {
 }
 
 
-def load_pretrained(model_class: Any, folder: str | Path, **options) -> nn.Module:
+def load_pretrained(model_class: Any, folder: str | Path, **options: Any) -> nn.Module:
     """Load the folder of a patched model's ``save_pretrained``, or a checkpoint of Trainer's.
 
     ``model_class.from_pretrained(folder)`` gives the same function, by the PEFT library's layers,
@@ -56,14 +56,13 @@ def load_pretrained(model_class: Any, folder: str | Path, **options) -> nn.Modul
     """
     # from_pretrained has no other way to leave out an adapter that lies beside the model
     leave_out = {"subfolder": _NO_SUCH_FOLDER}
-    return load_adapter(
-        model_class.from_pretrained(folder, adapter_kwargs=leave_out, **options), folder
-    )
+    model: nn.Module = model_class.from_pretrained(folder, adapter_kwargs=leave_out, **options)
+    return load_adapter(model, folder)
 
 
 def take_over(model: nn.Module) -> None:
     """Give every model of transformers within a patched one a ``save_pretrained`` that knows it."""
-    library = sys.modules.get("transformers.modeling_utils")
+    library: Any = sys.modules.get("transformers.modeling_utils")
     for part in model.modules() if library else ():
         if isinstance(part, library.PreTrainedModel) and adapted_layers(part):
             # goes with the model where that is copied or pickled
@@ -82,7 +81,7 @@ def save_pretrained(
     save_directory: str | Path,
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
-    **options,
+    **options: Any,
 ) -> None:
     """Write a patched model's base and adapter, or a merged model, as one step.
 
@@ -116,7 +115,8 @@ def save_pretrained(
         base = _base_of(model, is_merged)
     if state_dict is not None:
         state_dict = _in_base_names(model, state_dict, is_merged)
-    write = type(base).save_pretrained
+    kind: Any = type(base)
+    write = kind.save_pretrained
     if not is_main_process:
         write(base, folder, is_main_process=False, state_dict=state_dict, **options)
         return
@@ -182,7 +182,7 @@ def _base_of(model: nn.Module, is_merged: bool) -> nn.Module:
     return without_adapters(model)
 
 
-def _copied(module: nn.Module, **more: dict) -> nn.Module:
+def _copied(module: nn.Module, **more: dict[str, Any]) -> nn.Module:
     """Return a module with the same contents, but for some parameters or modules."""
     copy = type(module).__new__(type(module))
     copy.__dict__.update(module.__dict__)
@@ -193,7 +193,9 @@ def _copied(module: nn.Module, **more: dict) -> nn.Module:
 
 
 def _merged_weight(layer: C3ALinear) -> nn.Parameter:
-    return layer.base_layer.weight if layer.enabled else layer._set_aside[0]
+    base: Any = layer.base_layer
+    weight: nn.Parameter = base.weight if layer.enabled else layer._set_aside[0]
+    return weight
 
 
 def _in_base_names(

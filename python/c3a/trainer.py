@@ -3,17 +3,21 @@
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .adapter import save_adapter
 from .adapter_files import WEIGHTS
 from .patch import adapted_layers
 
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
 try:
     from transformers import TrainerCallback
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "c3a.trainer needs the transformers library: pip install 'c3a[finetune]'"
-    ) from error
+    ) from _error
 
 __all__ = ["AdapterCallback"]
 
@@ -43,6 +47,11 @@ class AdapterCallback(TrainerCallback):
         Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
     """
 
+    folder: Path | None
+    every: str | int
+    keep: int | None
+    task_type: str | None
+
     def __init__(
         self,
         folder: str | Path | None = None,
@@ -63,29 +72,37 @@ class AdapterCallback(TrainerCallback):
         self.folder = None if folder is None else Path(folder)
         self.every, self.keep, self.task_type = every, keep, task_type
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_begin(
+        self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if not adapted_layers(model):
             raise ValueError(
                 "c3a.trainer.AdapterCallback: the model has no C3ALinear layer; patch it before "
                 "training"
             )
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        if self.every != "epoch" and state.global_step % self.every == 0:
+    def on_step_end(
+        self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if isinstance(self.every, int) and state.global_step % self.every == 0:
             self._save_step(args, state, model)
 
-    def on_epoch_end(self, args, state, control, model=None, **kwargs) -> None:
+    def on_epoch_end(
+        self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if self.every == "epoch":
             self._save_step(args, state, model)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_end(
+        self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             save_adapter(model, self._folder(args) / "adapter", task_type=self.task_type)
 
-    def _folder(self, args) -> Path:
+    def _folder(self, args: Any) -> Path:
         return Path(args.output_dir) if self.folder is None else self.folder
 
-    def _save_step(self, args, state, model) -> None:
+    def _save_step(self, args: Any, state: "TrainerState", model: Any) -> None:
         if not state.is_world_process_zero:
             return
         folder = self._folder(args)
