@@ -63,8 +63,9 @@ test: $(PY)
 	$(MAKE) lint
 	$(PY) -m pytest
 
-# Files and the command line do not depend on the level.
-ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore tests/test_adapter.py
+# Files, types and the command line do not depend on the level.
+ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore-glob "*types*" \
+	--ignore tests/test_adapter.py
 
 levels:
 	C3A_CPU_LEVEL=x86-64-v3 $(PY) -m pytest $(ANY_LEVEL)
