@@ -35,7 +35,7 @@ CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
 help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
-	@echo "make test       set up, then check formatting and run every test"
+	@echo "make test       set up, then check formatting and types and run every test"
 	@echo "make levels     the tests at the CPU's other instruction sets (after make test)"
 	@echo "make fuzz       random calls, 8 threads at once, damaged files, killed saves (after make test)"
 	@echo "make sanitize   the CPU kernels' tests under AddressSanitizer and UBSan (after make test)"
@@ -63,8 +63,9 @@ test: $(PY)
 	$(MAKE) lint
 	$(PY) -m pytest
 
-# Files and the command line do not depend on the level.
-ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore tests/test_adapter.py
+# Files, types and the command line do not depend on the level.
+ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore-glob "*types*" \
+	--ignore tests/test_adapter.py
 
 levels:
 	! grep -qw avx512_bf16 /proc/cpuinfo || C3A_CPU_LEVEL=x86-64-v4 $(PY) -m pytest $(ANY_LEVEL)
@@ -164,6 +165,7 @@ aarch64:
 lint:
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES) README.md
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 format: $(PY)

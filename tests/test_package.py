@@ -1,5 +1,6 @@
 """What is built: libraries that fit any torch, the pybind11 module, the facts of ``c3a info``."""
 
+import ast
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import c3a
 from c3a import _library
 from c3a.cli import info
 
@@ -76,6 +78,17 @@ def test_build_info_tells_version_compiler_target_and_cuda():
     has_library = any("cuda" in library.name for library in LIBRARIES)
     assert (build["cuda"] is not None) == has_library
     assert re.match(r"x86-64-v[234](-bf16)?$|aarch64$|generic$|aten$", module.cpu_capability())
+
+
+def test_type_checkers_are_told_that_the_package_has_types():
+    assert (Path(c3a.__file__).parent / "py.typed").is_file()
+
+
+def test_the_types_of_the_pybind11_module_are_of_all_that_is_in_it():
+    module = pytest.importorskip("c3a._C", reason="built with C3A_PYBIND=OFF")
+    stub = ast.parse((Path(c3a.__file__).parent / "_C.pyi").read_text())
+    typed = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    assert typed == {name for name in vars(module) if not name.startswith("_")}
 
 
 def test_info_prints_what_a_bug_report_needs():

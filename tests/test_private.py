@@ -11,6 +11,7 @@ from c3a import _private
 
 NAMES = [
     "torch._C.DispatchKeySet",
+    "torch._C.FunctionSchema",
     "torch._C._after_ADInplaceOrView_keyset",
     "torch._C._after_autograd_keyset",
     "torch._C._any_requires_grad",
@@ -25,7 +26,7 @@ NAMES = [
     "torch._C._len_torch_dispatch_stack",
     "torch._C._storage_Use_Count",
     "torch._C._VariableFunctions",
-    "torch._functorch.autograd_function.enable_single_level_autograd_function",
+    "torch._functorch.utils.enable_single_level_autograd_function",
     "torch.autograd.forward_ad._set_fwd_grad_enabled",
     "torch.autograd.function.FunctionMeta",
     "torch.autograd.function._SingleLevelFunction",

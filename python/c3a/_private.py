@@ -4,12 +4,14 @@ A torch that drops or renames one breaks tests/test_private.py by that name, and
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import (
     DispatchKeySet,
+    FunctionSchema,
     _after_ADInplaceOrView_keyset,
     _after_autograd_keyset,
     _any_requires_grad,
@@ -25,7 +27,7 @@ from torch._C import (
     _storage_Use_Count,
     _VariableFunctions,
 )
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.nested._internal.nested_tensor import NestedTensor
@@ -33,8 +35,10 @@ from torch.nested._internal.nested_tensor import NestedTensor
 __all__ = [
     "DispatchKeySet",
     "FunctionMeta",
+    "FunctionSchema",
     "NestedTensor",
     "Node",
+    "Overload",
     "any_requires_grad",
     "autocast_disabled",
     "below_autograd",
@@ -64,29 +68,46 @@ autocast_disabled = _DisableAutocast
 kernels_only = _AutoDispatchBelowADInplaceOrView
 forward_mode_enabled = _set_fwd_grad_enabled
 privateuse1_device_type = _get_privateuse1_backend_name
-no_torch_function = (
-    _disabled_torch_function_impl  # of a tensor class that the dispatcher asks alone
-)
+# Of a tensor class that the dispatcher asks alone.
+no_torch_function: Callable[..., Any] = _disabled_torch_function_impl
 
 
 _unpack_dual = _VariableFunctions._unpack_dual  # found once: looking it up takes longer than it
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_T = TypeVar("_T", bound=Tensor)
+
+
+class Overload(Protocol):
+    """One overload of an operator, as ``torch.ops`` has it."""
+
+    _schema: FunctionSchema
+
+    @property
+    def overloadpacket(self) -> Callable[..., Any]: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def name(self) -> str: ...
+    def redispatch(self, keyset: DispatchKeySet, /, *args: Any) -> Any: ...
 
 
 class Node(_SingleLevelFunction):
     """The base of this package's autograd functions."""
 
+    if TYPE_CHECKING:  # C++ has it
+
+        @classmethod
+        def apply(cls, *args: object) -> Tensor: ...
+
     # Compiled autograd asks for it; only the public Function has it.
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 
-def below_autograd(op, keyset: DispatchKeySet, *args):
+def below_autograd(op: Overload, keyset: DispatchKeySet, *args: Any) -> Any:
     """Call what the dispatcher has below the Autograd kernel that was called with ``keyset``."""
     with _AutoDispatchBelowAutograd():
         return op.redispatch(keyset & _after_autograd_keyset, *args)
 
 
-def below_version_counting(op, keyset: DispatchKeySet, *args):
+def below_version_counting(op: Overload, keyset: DispatchKeySet, *args: Any) -> Any:
     """Call what the dispatcher has below the ADInplaceOrView kernel."""
     with _AutoDispatchBelowADInplaceOrView():
         return op.redispatch(keyset & _after_ADInplaceOrView_keyset, *args)
@@ -119,7 +140,7 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
-def tensor_without_memory(cls: type, like: Tensor, device: torch.device) -> Tensor:
+def tensor_without_memory(cls: type[_T], like: Tensor, device: torch.device) -> _T:
     """Make a tensor of a class with ``__torch_dispatch__``: metadata alone."""
     return Tensor._make_wrapper_subclass(
         cls,
@@ -136,12 +157,12 @@ def version(t: Tensor) -> int:
     return t._version
 
 
-def schema(op):
+def schema(op: Overload) -> FunctionSchema:
     """Return an operator's schema."""
     return op._schema
 
 
-def returns_views(schema) -> bool:
+def returns_views(schema: FunctionSchema) -> bool:
     """Return whether an operator's results are views of an argument."""
     aliases = [result.alias_info for result in schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
@@ -149,13 +170,14 @@ def returns_views(schema) -> bool:
 
 def _owners(t: Tensor) -> tuple[int, ...]:
     """Count who refers to a tensor, the one it is a view of, and their memory."""
-    memory, of_base = t.untyped_storage(), ()
+    memory = t.untyped_storage()
+    of_base: tuple[int, ...] = ()
     if t._is_view():
-        base = t._base
+        base: Any = t._base
         of_base = sys.getrefcount(base), base._use_count()
     return (
         sys.getrefcount(t),
-        t._use_count(),
+        t._use_count(),  # type: ignore[attr-defined]  # torch's stubs leave it out
         sys.getrefcount(memory),
         _storage_Use_Count(memory._cdata),
         *of_base,

@@ -8,11 +8,12 @@ scale is multiplied into the kernel that is stored.
 import dataclasses
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import reduce
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,17 @@ from .adapter_files import (
 from .linear import C3ALinear
 from .names import ends, first_keys, fully_matched, layer_numbers, matches, shown
 from .patch import (
+    Model,
     PatchPlan,
     adapted_layers,
     apply_patch,
+    as_trained,
     modules_to_save,
+    peft_layer,
     plan_patch,
     unwrapped,
 )
-from .sizes import features, kernel_shape
+from .sizes import check_block_size, kernel_shape, linear_features
 
 __all__ = [
     "CONFIG",
@@ -75,40 +79,71 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     Warns of what is trainable and not saved, and of layers that PEFT cannot adapt.
     """
     model, folder = unwrapped(model), Path(folder)
-    with said_by("c3a.save_adapter"):
-        layers = adapted_layers(model)
-        if not layers:
-            raise ValueError("the model has no C3ALinear layer; patch it first")
-        if name := _peft_layer(model):
-            raise ValueError(
-                f"the model holds the PEFT library's adapters ({name} is one of its layers), which "
-                "are not saved here: take them out with PEFT's model.unload() first"
-            )
-        nested = [
-            name
-            for name, layer in layers.items()
-            if any(isinstance(part, C3ALinear) for part in layer.base_layer.modules())
-        ]
-        if nested:
-            raise ValueError(f"the format holds one adapter a layer; {nested[0]} has several")
-        saved = modules_to_save(model)
-        # Copies: safetensors takes no memory that two tensors share.
-        tensors: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            with _onloaded(name, [layer], lambda layer=layer: [layer.c3a_kernel]):
-                tensors[kernel_key(name)] = _to_stored(name, layer).cpu().contiguous().clone()
-        for name in saved:
-            module = model.get_submodule(name)
-            with _onloaded(name, module.modules(), lambda module=module: _state(module).values()):
-                for key, tensor in _state(module).items():
-                    tensors[f"{PREFIX}{name}.{key}"] = tensor.cpu().contiguous().clone()
-        config = _config_of(model, layers, saved, task_type)
-    _warn_of_what_is_left_out(model, layers, tensors)
+    with said_by("c3a.save_adapter"), as_trained(model):
+        tensors, config = adapter_of(model, task_type)
+    _warn_of_what_is_left_out(model, tensors)
+    warn_of_what_peft_cannot_load(
+        "c3a.save_adapter: c3a.load_adapter can load this adapter into such a model, the PEFT "
+        "library cannot",
+        adapted_layers(model),
+    )
     write(folder, tensors, config)
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+def adapter_of(
+    model: nn.Module, task_type: str | None, state: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the configuration of a patched model's adapter, as they are stored.
+
+    Args:
+        model, task_type: as for ``save_adapter``, without wrappers.
+        state: where it has a tensor of the model's (and its values), that one counts.
+
+    Raises ValueError as ``save_adapter``.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("the model has no C3ALinear layer; patch it first")
+    if name := peft_layer(model):
+        raise ValueError(
+            f"the model holds the PEFT library's adapters ({name} is one of its layers), which "
+            "are not saved here: take them out with PEFT's model.unload() first"
+        )
+    nested = [
+        name
+        for name, layer in layers.items()
+        if any(isinstance(part, C3ALinear) for part in layer.base_layer.modules())
+    ]
+    if nested:
+        raise ValueError(f"the format holds one adapter a layer; {nested[0]} has several")
+    saved = modules_to_save(model)
+    given = {key: t for key, t in (state or {}).items() if _has_values(t)}
+    # Copies: safetensors takes no memory that two tensors share.
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        kernel = given.get(f"{name}.c3a_kernel")
+        if kernel is None:
+            kernel = kernel_of(name, layer)
+        tensors[kernel_key(name)] = _to_stored(name, layer, kernel).cpu().contiguous().clone()
+    for name in saved:
+        module = model.get_submodule(name)
+        with _onloaded(name, module, module.modules(), lambda part: _state(part).values()):
+            for key, tensor in _state(module).items():
+                key = f"{name}.{key}"
+                tensors[f"{PREFIX}{key}"] = (
+                    given.get(key, tensor).detach().cpu().contiguous().clone()
+                )
+    return tensors, _config_of(model, layers, saved, task_type)
+
+
+def kernel_of(name: str, layer: C3ALinear) -> Tensor:
+    """Return a layer's kernel, from where accelerate has put it if it is offloaded."""
+    with _onloaded(name, layer, [layer], lambda layer: [layer.c3a_kernel]):
+        return layer.c3a_kernel.detach()
+
+
+def load_adapter(model: Model, folder: str | Path) -> Model:
     """Load an adapter that ``save_adapter`` or the PEFT library wrote.
 
     A model that is not patched yet is patched from the adapter's configuration first. Everything is
@@ -133,11 +168,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     inner = unwrapped(model)
     with said_by("c3a.load_adapter"):
-        if name := _peft_layer(inner):
+        if name := peft_layer(inner):
             raise ValueError(
                 f"the model holds the PEFT library's adapters ({name} is one of its layers): load "
                 "another with PEFT's model.load_adapter(folder, name), or take them out with "
-                "PEFT's model.unload() and load into the model that it returns"
+                "PEFT's model.unload() and load into the model that it returns; where "
+                "from_pretrained found them beside the model, use c3a.load_pretrained instead"
             )
         adapter = read(Path(folder))
         layers = adapted_layers(inner)
@@ -151,7 +187,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         apply_patch(inner, plan, dtype=reduce(torch.promote_types, dtypes), pad=True)
         layers = adapted_layers(inner)
     odd = []
-    with torch.no_grad():
+    with torch.no_grad(), as_trained(inner):
         for name, layer in layers.items():
             layer.c3a_kernel.copy_(_from_stored(adapter.tensors.pop(kernel_key(name)), layer))
             if not layer.c3a_kernel.isfinite().all():
@@ -168,27 +204,30 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def _peft_layer(model: nn.Module) -> str | None:
-    """Return the name of a layer that the PEFT library has put into a model."""
-    has = (name for name, part in model.named_modules() if hasattr(part, "adapter_layer_names"))
-    return next(has, None)
-
-
 def _state(module: nn.Module) -> dict[str, Tensor]:
     return {key: t.detach() for key, t in module.state_dict().items() if isinstance(t, Tensor)}
 
 
+def _has_values(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta
+
+
 @contextmanager
-def _onloaded(name: str, parts: Iterable[nn.Module], tensors) -> Iterator[None]:
+def _onloaded(
+    name: str,
+    module: Model,
+    parts: Iterable[nn.Module],
+    tensors: Callable[[Model], Iterable[Tensor]],
+) -> Iterator[None]:
     """Within the block, what accelerate has offloaded from some modules has its values."""
     with ExitStack() as stack:
-        if any(tensor.is_meta for tensor in tensors()):
+        if any(tensor.is_meta for tensor in tensors(module)):
             for part in parts:
                 if hasattr(part, "_hf_hook"):
                     from accelerate.utils import align_module_device
 
                     stack.enter_context(align_module_device(part))
-            if any(tensor.is_meta for tensor in tensors()):
+            if any(tensor.is_meta for tensor in tensors(module)):
                 raise ValueError(
                     f"{name} is on the meta device, where nothing has values, and accelerate has "
                     "not offloaded it either"
@@ -196,8 +235,8 @@ def _onloaded(name: str, parts: Iterable[nn.Module], tensors) -> Iterator[None]:
         yield
 
 
-def _to_stored(name: str, layer: C3ALinear) -> Tensor:
-    kernel = layer.c3a_kernel.detach()
+def _to_stored(name: str, layer: C3ALinear, kernel: Tensor) -> Tensor:
+    kernel = kernel.detach()
     if layer.scale == 1 / layer.in_features:
         return kernel
     # A kernel of 16 bits has no room for the factor.
@@ -217,9 +256,7 @@ def _from_stored(stored: Tensor, layer: C3ALinear) -> Tensor:
     return stored.double() / (layer.scale * layer.in_features)
 
 
-def _warn_of_what_is_left_out(
-    model: nn.Module, layers: Mapping[str, C3ALinear], tensors: Collection[str]
-) -> None:
+def _warn_of_what_is_left_out(model: nn.Module, tensors: Collection[str]) -> None:
     left_out = [
         name
         for name, parameter in model.named_parameters()
@@ -231,6 +268,10 @@ def _warn_of_what_is_left_out(
             "in modules_to_save",
             stacklevel=3,
         )
+
+
+def warn_of_what_peft_cannot_load(consequence: str, layers: Mapping[str, C3ALinear]) -> None:
+    """Warn the caller's caller of a consequence, with the layers it is due to, if there are any."""
     padded = [
         name
         for name, layer in layers.items()
@@ -244,11 +285,7 @@ def _warn_of_what_is_left_out(
     reasons = [f"it does not pad: {_some(padded)}"] if padded else []
     reasons += [f"it adapts torch.nn.Linear only: {_some(other)}"] if other else []
     if reasons:
-        warnings.warn(
-            "c3a.save_adapter: c3a.load_adapter can load this adapter into such a model, the PEFT "
-            f"library cannot; {'; '.join(reasons)}",
-            stacklevel=3,
-        )
+        warnings.warn(f"{consequence}; {'; '.join(reasons)}", stacklevel=3)
 
 
 def _some(names: Collection[str]) -> str:
@@ -261,7 +298,7 @@ def _some(names: Collection[str]) -> str:
 
 def _config_of(
     model: nn.Module, layers: Mapping[str, C3ALinear], saved: tuple[str, ...], task_type: str | None
-) -> dict:
+) -> dict[str, Any]:
     sizes = {name: layer.block_size for name, layer in layers.items()}
     usual, pattern = _block_sizes_of(sizes)
     inits = {layer.init for layer in layers.values()}
@@ -374,10 +411,13 @@ def _plan_of(model: nn.Module, adapter: Adapter) -> PatchPlan:
             f"{source}: {words}: the adapter does not fit this model: {message}"
         ) from None
     sizes = _sizes_of(config, source, list(any_size.block_sizes))
+    for name, size in sizes.items():
+        with said_by(f"{source}: {name}"):
+            check_block_size(size, *linear_features(model.get_submodule(name)), pad=True)
     return dataclasses.replace(any_size, block_sizes=sizes)
 
 
-def _chosen_of(config: Mapping, source: str, names: list[str]) -> set[str]:
+def _chosen_of(config: Mapping[str, Any], source: str, names: list[str]) -> set[str]:
     targets = config["target_modules"]
     if isinstance(targets, str):
         with said_by(f"{source}: target_modules"):
@@ -395,11 +435,11 @@ def _chosen_of(config: Mapping, source: str, names: list[str]) -> set[str]:
     return {name for name in chosen if numbers.get(name) in indices}
 
 
-def _sizes_of(config: Mapping, source: str, names: list[str]) -> dict[str, int]:
+def _sizes_of(config: Mapping[str, Any], source: str, names: list[str]) -> dict[str, int]:
     pattern, default = config.get("block_size_pattern") or {}, config.get("block_size")
     with said_by(f"{source}: block_size_pattern"):
         keys = first_keys(list(pattern), names)
-    sizes = {
+    sizes: dict[str, Any] = {
         name: _size_of(pattern, name, key) or default for name, key in zip(names, keys, strict=True)
     }
     for name, size in sizes.items():
@@ -414,7 +454,7 @@ def _check_tensors(
     """Raise ValueError unless the file has exactly what the model takes, in its shapes."""
     shapes = {kernel_key(name): tuple(layer.c3a_kernel.shape) for name, layer in layers.items()}
     for name, b in plan.block_sizes.items() if plan else ():
-        shapes[kernel_key(name)] = kernel_shape(*features(model.get_submodule(name)), b)
+        shapes[kernel_key(name)] = kernel_shape(*linear_features(model.get_submodule(name)), b)
     heads = {
         f"{PREFIX}{name}.{key}": tensor
         for name in (plan.modules_to_save if plan else modules_to_save(model))
@@ -446,7 +486,9 @@ def _check_has_values(
     model: nn.Module, layers: Mapping[str, C3ALinear], plan: PatchPlan | None
 ) -> None:
     """Raise ValueError if something that is written, or what a kernel is made beside, is meta."""
-    places = {f"{name}.c3a_kernel": [layer.c3a_kernel] for name, layer in layers.items()}
+    places: dict[str, Iterable[Tensor]] = {
+        f"{name}.c3a_kernel": [layer.c3a_kernel] for name, layer in layers.items()
+    }
     for name in plan.block_sizes if plan else ():
         module = model.get_submodule(name)
         places[name] = [*module.parameters(), *module.buffers()]

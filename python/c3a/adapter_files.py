@@ -11,18 +11,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import replacing
+from .files import replacing_in
 from .names import shown
 from .shapes import SUPPORTED_DTYPES
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+FILES = (WEIGHTS, CONFIG)  # in the order in which they take their places
 PREFIX = "base_model.model."
 _WITHIN = "c3a_config"
 _REPLACED = "c3a_replaced"
@@ -34,7 +35,7 @@ _MOST_SAID = 2000  # characters of a message
 class Adapter(NamedTuple):
     """What a folder holds: its configuration, checked, its tensors, and where each came from."""
 
-    config: dict
+    config: dict[str, Any]
     tensors: dict[str, Tensor]
     config_source: str
     weights_path: Path
@@ -49,7 +50,7 @@ class Adapter(NamedTuple):
         }
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -124,17 +125,24 @@ def kernel_key(layer: str) -> str:
     return f"{PREFIX}{layer}{_KERNEL}"
 
 
-def write(folder: Path, tensors: dict[str, Tensor], config: Mapping) -> None:
+def write(folder: Path, tensors: dict[str, Tensor], config: Mapping[str, object]) -> None:
     """Write both files: as one step for ``read_adapter``, each as one step for others."""
+    with replacing_in(folder, last=FILES) as fresh:
+        prepare(fresh, folder, tensors, config)
+
+
+def prepare(
+    fresh: Path, folder: Path, tensors: dict[str, Tensor], config: Mapping[str, object]
+) -> None:
+    """Write both files into a folder from which they will take their places in ``folder``."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with replacing(folder / WEIGHTS, folder / CONFIG) as (weights, configuration):
-        configuration.write_text(text, encoding="utf-8")
-        replaced = _bytes_of(folder / CONFIG)
-        metadata = {"format": "pt", _WITHIN: text, _REPLACED: _digest(replaced)}
-        try:
-            save_file(tensors, weights, metadata=metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from None
+    (fresh / CONFIG).write_text(text, encoding="utf-8")
+    replaced = _bytes_of(folder / CONFIG)
+    metadata = {"format": "pt", _WITHIN: text, _REPLACED: _digest(replaced)}
+    try:
+        save_file(tensors, fresh / WEIGHTS, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from None
 
 
 def read(folder: Path) -> Adapter:
@@ -151,10 +159,11 @@ def read(folder: Path) -> Adapter:
         before, on_disk = on_disk, _bytes_of(config_path)
         if on_disk == before:
             break
-    text, source = on_disk, str(config_path)
     if _WITHIN in metadata and (on_disk is None or _digest(on_disk) == metadata.get(_REPLACED)):
         text, source = metadata[_WITHIN].encode(), f"{weights_path}, {_WITHIN}"
-    elif on_disk is None:
+    elif on_disk is not None:
+        text, source = on_disk, str(config_path)
+    else:
         raise FileNotFoundError(f"no {CONFIG} in {folder}")
     return Adapter(_parsed(text, source), tensors, source, weights_path)
 
@@ -174,7 +183,7 @@ def _digest(text: bytes | None) -> str:
     return "" if text is None else hashlib.sha256(text).hexdigest()
 
 
-def _parsed(text: bytes, source: str) -> dict:
+def _parsed(text: bytes, source: str) -> dict[str, Any]:
     if len(text) > _MOST_BYTES:
         raise ValueError(f"{source} is longer than {_MOST_BYTES} bytes")
     try:

@@ -14,11 +14,11 @@ A *product* here is an operator with its derivative: ``save`` names what the der
 ``gradients`` and ``tangents`` are the derivative, one entry for each of the operator's arguments.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ from torch import Tensor
 from . import _private, shapes
 
 _OPS = torch.ops.c3a
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_Args = tuple[Any, ...]  # of an operator: tensors, None and constants
+_Operand = Any  # a tensor, or None where no wanted gradient needs it
+_Wanted = Sequence[bool]
+_Two = tuple[Tensor | None, Tensor | None]
+_Function = Callable[..., Any]
 
 # Products
 
@@ -46,26 +53,28 @@ class Bilinear:
     wanted; an operand that no wanted gradient needs comes as None.
     """
 
-    op: Any
-    vjp: Callable
-    defaults: tuple  # of the constants: the dispatcher leaves out arguments that equal them
+    op: _private.Overload
+    vjp: Callable[[Tensor, _Operand, _Operand, _Wanted, _Saved], _Two]
+    defaults: _Args  # of the constants: the dispatcher leaves out arguments that equal them
 
-    def complete(self, args: tuple) -> tuple:
+    def complete(self, args: _Args) -> _Args:
         return (*args, *self.defaults[len(args) - 2 :])
 
-    def refuse(self, args: tuple) -> None:
+    def refuse(self, args: _Args) -> None:
         pass
 
-    def save(self, needs, args) -> tuple[tuple, _Saved]:
+    def save(self, needs: _Wanted, args: _Args) -> tuple[_Two, _Saved]:
         a, b, *constants = args
         block_size = constants[0] if len(constants) > 1 else b.shape[-1]
         kept = (a if needs[1] else None, b if needs[0] else None)
         return kept, _Saved((a.dtype, b.dtype), block_size, constants[-1])
 
-    def gradients(self, h, kept, saved, wanted) -> tuple:
+    def gradients(self, h: Tensor, kept: _Two, saved: _Saved, wanted: _Wanted) -> _Two:
         return self.vjp(h, *kept, wanted, saved)
 
-    def tangents(self, args, a_dot, b_dot, *_constants) -> list[Tensor]:
+    def tangents(
+        self, args: Sequence[Any], a_dot: Tensor | None, b_dot: Tensor | None, *_constants: None
+    ) -> list[Tensor]:
         a, b, *constants = args
         terms = [] if a_dot is None else [self.op(a_dot, b, *constants)]
         return terms if b_dot is None else [*terms, self.op(a, b_dot, *constants)]
@@ -75,12 +84,12 @@ class Bilinear:
 class Prepared:
     """``op(x, w_hat, block_size, w_hat_transposed)``, linear in ``x``."""
 
-    op: Any
+    op: _private.Overload
 
-    def complete(self, args: tuple) -> tuple:
+    def complete(self, args: _Args) -> _Args:
         return (*args, *(None,) * (4 - len(args)))
 
-    def refuse(self, args: tuple) -> None:
+    def refuse(self, args: _Args) -> None:
         """Raise where a gradient would be lost."""
         x, *_, w_hat_transposed = args
         name = f"c3a.{self.op.name().removeprefix('c3a::')}"
@@ -97,33 +106,37 @@ class Prepared:
                 "torch.no_grad()"
             )
 
-    def save(self, needs, args) -> tuple[tuple, int]:
+    def save(self, needs: _Wanted, args: _Args) -> tuple[_Two, int]:
         _, w_hat, block_size, w_hat_transposed = args
         return (w_hat, w_hat_transposed), block_size
 
-    def gradients(self, h, kept, block_size, wanted) -> tuple:
+    def gradients(self, h: Tensor, kept: _Two, block_size: int, wanted: _Wanted) -> _Two:
         w_hat, w_hat_transposed = kept
         return (self.op(h, w_hat_transposed, block_size, w_hat) if wanted[0] else None, None)
 
-    def tangents(self, args, x_dot, *_) -> list[Tensor]:
+    def tangents(self, args: Sequence[Any], x_dot: Tensor | None, *_: None) -> list[Tensor]:
         return [] if x_dot is None else [self.op(x_dot, *args[1:])]
 
 
-def _vjp_forward(h, x, w, wanted, saved):
+Product = Bilinear | Prepared
+
+
+def _vjp_forward(h: Tensor, x: _Operand, w: _Operand, wanted: _Wanted, saved: _Saved) -> _Two:
     if all(wanted):
-        return _OPS.block_circ_conv_backward(h, x, w, saved.scale)
+        both: _Two = _OPS.block_circ_conv_backward(h, x, w, saved.scale)
+        return both
     if wanted[0]:
         return _OPS.block_circ_conv_input_grad(h, w, saved.scale), None
     return None, _kernel_grad(h, x, saved)
 
 
-def _vjp_input_grad(h, g, w, wanted, saved):
+def _vjp_input_grad(h: Tensor, g: _Operand, w: _Operand, wanted: _Wanted, saved: _Saved) -> _Two:
     dg = _OPS.block_circ_conv(h, w, saved.scale) if wanted[0] else None
     dw = _kernel_grad(g, h, saved) if wanted[1] else None
     return dg, dw
 
 
-def _vjp_kernel_grad(v, g, x, wanted, saved):
+def _vjp_kernel_grad(v: Tensor, g: _Operand, x: _Operand, wanted: _Wanted, saved: _Saved) -> _Two:
     of_g, of_x = saved.dtypes
     dg = dx = None
     if wanted[0]:
@@ -133,8 +146,11 @@ def _vjp_kernel_grad(v, g, x, wanted, saved):
     return dg, dx
 
 
-def _kernel_grad(g, x, saved):
-    return _OPS.block_circ_conv_kernel_grad(g, x, saved.block_size, saved.dtypes[1], saved.scale)
+def _kernel_grad(g: Tensor, x: Tensor, saved: _Saved) -> Tensor:
+    dw: Tensor = _OPS.block_circ_conv_kernel_grad(
+        g, x, saved.block_size, saved.dtypes[1], saved.scale
+    )
+    return dw
 
 
 FORWARD = Bilinear(_OPS.block_circ_conv.default, _vjp_forward, (1.0,))
@@ -147,20 +163,40 @@ PREPARED = Prepared(_OPS.block_circ_conv_prepared.default)
 # Autograd nodes
 
 
+_Node = type[_private.Node]
+
+
+class _Context(Protocol):
+    """What autograd tells a node of a call, and what the node keeps of it."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved: Any  # by the product
+    constants: _Args
+    of_x: torch.dtype
+    of_base: torch.dtype
+
+    @property
+    def saved_tensors(self) -> _Args: ...
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def save_for_forward(self, *tensors: Tensor | None) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 class _Call(NamedTuple):
     """How a node's forward is to compute."""
 
-    compute: Callable
+    compute: Callable[..., Tensor]
     is_dual: bool
     grad_mode: bool
 
 
-def _node(name: str, members: dict) -> type:
+def _node(name: str, members: dict[str, object]) -> _Node:
     """Make the autograd function ``name``; its node in a graph is called ``<name>Backward``."""
-    return _private.FunctionMeta(name, (_private.Node,), {"__module__": __name__, **members})
+    members = {"__module__": __name__, **members}
+    return cast(_Node, _private.FunctionMeta(name, (_private.Node,), members))
 
 
-def _forward(ctx, product, first: int, call: _Call, args: tuple) -> Tensor:
+def _forward(ctx: _Context, product: Product, first: int, call: _Call, args: _Args) -> Tensor:
     """Save for both modes, then compute; ``args[first:]`` are the product's arguments."""
     operands = args[first:]
     needs = ctx.needs_input_grad[1 + first : 3 + first]
@@ -178,7 +214,9 @@ def _forward(ctx, product, first: int, call: _Call, args: tuple) -> Tensor:
         return call.compute(*args)
 
 
-def _tangents(ctx, product, dots: tuple, dtype: torch.dtype | None = None) -> list[Tensor]:
+def _tangents(
+    ctx: _Context, product: Product, dots: _Args, dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Return the terms of the result's tangent, ``dtype`` at least."""
     pairs = zip(ctx.saved_tensors, ctx.constants, strict=True)
     args = [c if t is None else t for t, c in pairs]
@@ -188,7 +226,7 @@ def _tangents(ctx, product, dots: tuple, dtype: torch.dtype | None = None) -> li
     return product.tangents(args, *dots)
 
 
-def _without_autocast(device_type: str):
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Let gradients keep their dtypes where a backward pass runs within an autocast region."""
     # Compiled autograd can trace the first of these on every torch, not the second.
     has_autocast = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
@@ -197,11 +235,11 @@ def _without_autocast(device_type: str):
     return nullcontext()
 
 
-def _product_node(name: str, product) -> type:
-    def forward(ctx, call, *args):
+def _product_node(name: str, product: Product) -> _Node:
+    def forward(ctx: _Context, call: _Call, *args: Any) -> Tensor:
         return _forward(ctx, product, 0, call, args)
 
-    def backward(ctx, h):
+    def backward(ctx: _Context, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if h is None:  # no gradient arrived, which only a node with tangents is told
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[1:3]
@@ -209,22 +247,22 @@ def _product_node(name: str, product) -> type:
             grads = product.gradients(h, ctx.saved_tensors, ctx.saved, wanted)
         return (None, *grads, *(None for _ in ctx.needs_input_grad[3:]))
 
-    def jvp(ctx, _call, *dots):
+    def jvp(ctx: _Context, _call: None, *dots: Tensor | None) -> Tensor:
         terms = _tangents(ctx, product, dots)
         return sum(terms[1:], terms[0])
 
-    functions = {"forward": forward, "backward": backward, "jvp": jvp}
+    functions: dict[str, _Function] = {"forward": forward, "backward": backward, "jvp": jvp}
     return _node(name, {key: staticmethod(f) for key, f in functions.items()})
 
 
-def _sum_node(name: str, product) -> type:
+def _sum_node(name: str, product: Product) -> _Node:
     """Make the node of ``base`` plus a product."""
 
-    def forward(ctx, call, base, *args):
+    def forward(ctx: _Context, call: _Call, base: Tensor, *args: Any) -> Tensor:
         ctx.of_x, ctx.of_base = args[0].dtype, base.dtype
         return _forward(ctx, product, 1, call, (base, *args))
 
-    def backward(ctx, h):
+    def backward(ctx: _Context, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if h is None:
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[2:4]
@@ -238,24 +276,24 @@ def _sum_node(name: str, product) -> type:
         rest = (None for _ in ctx.needs_input_grad[4:])
         return (None, h if ctx.needs_input_grad[1] else None, dx, dw, *rest)
 
-    def jvp(ctx, _call, base_dot, *dots):
+    def jvp(ctx: _Context, _call: None, base_dot: Tensor | None, *dots: Tensor | None) -> Tensor:
         terms = [] if base_dot is None else [base_dot]
         # Not rounded below the sum's dtype on the way.
         terms += [term.to(ctx.of_base) for term in _tangents(ctx, product, dots, ctx.of_base)]
         return sum(terms[1:], terms[0])
 
-    functions = {"forward": forward, "backward": backward, "jvp": jvp}
+    functions: dict[str, _Function] = {"forward": forward, "backward": backward, "jvp": jvp}
     return _node(name, {key: staticmethod(f) for key, f in functions.items()})
 
 
 # Kernels for the dispatcher's Autograd key
 
 
-def typed_errors(function: Callable) -> Callable:
+def typed_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Make out of memory torch's own exception, whose type is lost in a C interface."""
 
     @wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
@@ -267,29 +305,29 @@ def typed_errors(function: Callable) -> Callable:
 
 
 @typed_errors
-def _compute(op, keyset, *args):
+def _compute(op: _private.Overload, keyset: _private.DispatchKeySet, *args: Any) -> Any:
     return _private.below_autograd(op, keyset, *args)
 
 
-def _needs_graph(*args) -> bool:
+def _needs_graph(*args: object) -> bool:
     return torch.is_grad_enabled() and _private.any_requires_grad(*args)
 
 
-def _tensors(args) -> list[Tensor]:
+def _tensors(args: _Args) -> list[Tensor]:
     return [t for t in args if isinstance(t, Tensor)]
 
 
-def _apply(node: type, compute: Callable, args: tuple, is_dual: bool) -> Tensor:
+def _apply(node: _Node, compute: Callable[..., Tensor], args: _Args, is_dual: bool) -> Tensor:
     with _private.recorded_at_one_level():
         return node.apply(_Call(compute, is_dual, torch.is_grad_enabled()), *args)
 
 
-def _recorded(op, product, node: type, first: int) -> Callable:
+def _recorded(op: _private.Overload, product: Product, node: _Node, first: int) -> _Function:
     """Return the Autograd kernel of ``op``, whose arguments from ``first`` on are the product's."""
 
     check = shapes.argument_check(op)
 
-    def kernel(keyset, *args):
+    def kernel(keyset: _private.DispatchKeySet, *args: Any) -> Any:
         check(args)
         is_dual = _private.has_tangent(*_tensors(args))
         if not is_dual and not _needs_graph(*args):
@@ -301,20 +339,20 @@ def _recorded(op, product, node: type, first: int) -> Callable:
     return kernel
 
 
-def product_rule(product, name: str) -> Callable:
+def product_rule(product: Product, name: str) -> _Function:
     return _recorded(product.op, product, _product_node(name, product), 0)
 
 
-def sum_rule(op, product, name: str) -> Callable:
+def sum_rule(op: _private.Overload, product: Product, name: str) -> _Function:
     return _recorded(op, product, _sum_node(name, product), 1)
 
 
-def in_place_rule(op, functional) -> Callable:
+def in_place_rule(op: _private.Overload, functional: _private.Overload) -> _Function:
     """Write in place, or where a graph or tangent is wanted, by autograd's own in-place copy."""
 
     check = shapes.argument_check(op)
 
-    def kernel(keyset, base, *args):
+    def kernel(keyset: _private.DispatchKeySet, base: Tensor, *args: Any) -> None:
         check((base, *args))
         if _needs_graph(base, *args) or _private.has_tangent(base, *_tensors(args)):
             base.copy_(functional(base, *args))
@@ -324,12 +362,14 @@ def in_place_rule(op, functional) -> Callable:
     return kernel
 
 
-def pair_rule(op) -> Callable:
+def pair_rule(op: _private.Overload) -> _Function:
     """Share one transform of ``g``, or where a graph is wanted, differentiate the two halves."""
 
     check = shapes.argument_check(op)
 
-    def kernel(keyset, g, x, w, scale=1.0):
+    def kernel(
+        keyset: _private.DispatchKeySet, g: Tensor, x: Tensor, w: Tensor, scale: float = 1.0
+    ) -> Any:
         check((g, x, w))
         if _needs_graph(g, x, w) or _private.has_tangent(g, x, w):
             dx = _OPS.block_circ_conv_input_grad(shapes.widened(g, x.dtype), w, scale).to(x.dtype)
@@ -339,12 +379,12 @@ def pair_rule(op) -> Callable:
     return kernel
 
 
-def prepare_rule(op) -> Callable:
+def prepare_rule(op: _private.Overload) -> _Function:
     """Refuse what would lose a derivative."""
 
     check = shapes.argument_check(op)
 
-    def kernel(keyset, w, *args):
+    def kernel(keyset: _private.DispatchKeySet, w: Tensor, *args: Any) -> Any:
         check((w, *args))
         if _needs_graph(w) or _private.has_tangent(w):
             raise RuntimeError(
@@ -359,9 +399,9 @@ def prepare_rule(op) -> Callable:
 # The sum in the memory of its base, for the layer
 
 
-def _in_place(operator) -> Callable:
+def _in_place(operator: _private.Overload) -> Callable[..., Tensor]:
     @typed_errors
-    def compute(base, *args):
+    def compute(base: Tensor, *args: Any) -> Tensor:
         out = base.detach()  # the same memory as a tensor of its own: to autograd, a new result
         with _private.kernels_only():
             operator(out, *args)
@@ -370,7 +410,7 @@ def _in_place(operator) -> Callable:
     return compute
 
 
-_INTO_BASE = {
+_INTO_BASE: dict[Product, tuple[_Node, Callable[..., Tensor]]] = {
     FORWARD: (
         _sum_node("BlockCircConvAdd", FORWARD),
         _in_place(_OPS.block_circ_conv_add_.default),
@@ -382,7 +422,7 @@ _INTO_BASE = {
 }
 
 
-def add_into(product, base: Tensor, *args) -> Tensor:
+def add_into(product: Product, base: Tensor, *args: Any) -> Tensor:
     """Return ``base`` plus a product in the memory of ``base``, which is given up.
 
     For a plain call (``_private.is_plain``) and a ``base`` that nobody else refers to.

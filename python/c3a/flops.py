@@ -5,8 +5,14 @@ real one 2.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 from torch.utils.flop_counter import register_flop_formula
+
+from ._private import Overload
+
+Shape = Sequence[int]
+Kernel = tuple[int, int, int]  # m, n, and b or what a prepared block takes
 
 
 def _transforms(numbers: int, b: int) -> float:
@@ -19,46 +25,48 @@ def _product(tokens: int, m: int, n: int, b: int) -> int:
     return tokens * m * n * (8 * ((b - real) // 2) + 2 * real)
 
 
-def _convolution(x_shape, m: int, n: int, b: int, kernel: bool) -> int:
+def _convolution(x_shape: Shape, m: int, n: int, b: int, kernel: bool) -> int:
     tokens = math.prod(x_shape[:-1])
     numbers = tokens * (m + n) * b + (m * n * b if kernel else 0)
     return round(_transforms(numbers, b)) + _product(tokens, m, n, b)
 
 
-def forward(x_shape, w_shape, *_, out_shape=None, **__) -> int:
+def forward(x_shape: Shape, w_shape: Kernel, *_: object, **__: object) -> int:
     return _convolution(x_shape, *w_shape, kernel=True)
 
 
-def add(base_shape, x_shape, w_shape, *_, out_shape=None, **__) -> int:
+def add(base_shape: Shape, x_shape: Shape, w_shape: Kernel, *_: object, **__: object) -> int:
     return forward(x_shape, w_shape) + math.prod(base_shape)
 
 
-def input_grad(g_shape, w_shape, *_, out_shape=None, **__) -> int:
+def input_grad(g_shape: Shape, w_shape: Kernel, *_: object, **__: object) -> int:
     return _convolution(g_shape, *w_shape, kernel=True)
 
 
-def kernel_grad(g_shape, x_shape, b, *_, out_shape=None, **__) -> int:
+def kernel_grad(g_shape: Shape, x_shape: Shape, b: int, *_: object, **__: object) -> int:
     tokens, m, n = math.prod(x_shape[:-1]), g_shape[-1] // b, x_shape[-1] // b
     return round(_transforms((tokens * (m + n) + m * n) * b, b)) + _product(tokens, m, n, b)
 
 
-def backward(g_shape, x_shape, w_shape, *_, out_shape=None, **__) -> int:
+def backward(g_shape: Shape, x_shape: Shape, w_shape: Kernel, *_: object, **__: object) -> int:
     b = w_shape[-1]
     shared = round(_transforms(math.prod(g_shape), b))
     return input_grad(g_shape, w_shape) + kernel_grad(g_shape, x_shape, b) - shared
 
 
-def prepare(w_shape, *_, out_shape=None, **__) -> int:
+def prepare(w_shape: Shape, *_: object, **__: object) -> int:
     return round(_transforms(math.prod(w_shape), w_shape[-1]))
 
 
-def prepared(x_shape, w_hat_shape, b, *_, out_shape=None, **__) -> int:
+def prepared(x_shape: Shape, w_hat_shape: Kernel, b: int, *_: object, **__: object) -> int:
     return _convolution(x_shape, *w_hat_shape[:2], b, kernel=False)
 
 
-def prepared_add(base_shape, x_shape, w_hat_shape, b, *_, out_shape=None, **__) -> int:
+def prepared_add(
+    base_shape: Shape, x_shape: Shape, w_hat_shape: Kernel, b: int, *_: object, **__: object
+) -> int:
     return prepared(x_shape, w_hat_shape, b) + math.prod(base_shape)
 
 
-def register(op, formula) -> None:
+def register(op: Overload, formula: Callable[..., int]) -> None:
     register_flop_formula(op.overloadpacket)(formula)

@@ -3,13 +3,15 @@
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from . import _private, autograd
 from .ops import (
@@ -24,8 +26,11 @@ from .shapes import SUPPORTED_DTYPES
 from .sizes import check_block_size, features, kernel_shape
 from .weight import AdaptedWeight, read
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-def _checked_scale(scale: float) -> float:
+
+def _checked_scale(scale: object) -> float:
     if not isinstance(scale, Real):
         raise TypeError(
             f"c3a.C3ALinear: expected scale to be a number, got {type(scale).__name__} {scale!r}"
@@ -75,6 +80,18 @@ class C3ALinear(nn.Module):
 
     Source: C3A (arXiv:2407.19342), section 3.4. ``scale`` is the PEFT library's.
     """
+
+    in_features: int
+    out_features: int
+    block_size: int
+    init: str
+    base_layer: nn.Module
+    c3a_kernel: nn.Parameter
+    _merge_after_load: bool  # while a state dict is being loaded
+
+    if TYPE_CHECKING:  # nn.Module's takes and returns anything
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(
         self,
@@ -129,6 +146,7 @@ class C3ALinear(nn.Module):
         self.reset_parameters()
         self.train(base_layer.training)
         self.register_state_dict_post_hook(_state_dict_unmerged)
+        self.register_load_state_dict_pre_hook(_take_base_names)
         self.register_load_state_dict_pre_hook(_unmerge_to_load)
         self.register_load_state_dict_post_hook(_merge_after_load)
 
@@ -161,7 +179,7 @@ class C3ALinear(nn.Module):
                 return y
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
+        y: Tensor = self.base_layer(x)
         if self.merged or not self.enabled:
             return y
         kernel, scale = self.c3a_kernel, self.scale
@@ -200,7 +218,9 @@ class C3ALinear(nn.Module):
         """
         self._prepared.make(self.c3a_kernel, self.scale)
 
-    def _prepared_for(self, kernel: Tensor, scale: float, x: Tensor, y: Tensor) -> tuple | None:
+    def _prepared_for(
+        self, kernel: Tensor, scale: float, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, int, Tensor | None] | None:
         """Return ``(w_hat, block_size, w_hat_transposed)`` for a plain call, or None."""
         grad = torch.is_grad_enabled()
         if grad and kernel.requires_grad:
@@ -209,7 +229,7 @@ class C3ALinear(nn.Module):
         found = self._prepared.get(kernel, scale, (x.dtype, y.dtype), transposed)
         return found and (found[0], self.block_size, found[1])
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Self":
         """Set the layer's mode; training drops what was prepared."""
         if mode:
             self._prepared.drop()
@@ -224,7 +244,8 @@ class C3ALinear(nn.Module):
         computes with it (``c3a.weight.AdaptedWeight``). The base layer's own weight while merged or
         disabled, and where it is not dense, as with quantised layers.
         """
-        weight = self.base_layer.weight
+        base: Any = self.base_layer
+        weight: Tensor = base.weight
         if self.merged or not self.enabled or not self._is_dense(weight):
             return weight
         if weight.is_meta and not self.c3a_kernel.is_meta:  # offloaded
@@ -327,7 +348,8 @@ class C3ALinear(nn.Module):
         if self.merged:
             return
         self.check_mergeable()
-        original = self.base_layer.weight
+        base: Any = self.base_layer
+        original: Tensor = base.weight
         merged = self.add_delta(original, self.c3a_kernel)
         if safe and (spoilt := int((~merged.isfinite() & original.isfinite()).sum())):
             kernel = "is finite" if self.c3a_kernel.isfinite().all() else "is not finite itself"
@@ -353,6 +375,9 @@ class C3ALinear(nn.Module):
     @contextmanager
     def _exchanging(self) -> Iterator[None]:
         """Within the block, calls of the layer by other threads wait for its end."""
+        if torch.compiler.is_compiling():  # which knows no locks
+            yield
+            return
         with _EXCHANGING:
             self._exchanges += 1
             try:
@@ -380,9 +405,9 @@ class C3ALinear(nn.Module):
     def _swap_weights(self) -> None:
         self.base_layer.weight, self._set_aside[0] = self._set_aside[0], self.base_layer.weight
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         self._prepared.drop()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for weight in self._set_aside:
                 weight.data = fn(weight.data)
@@ -413,18 +438,31 @@ def _device_of(base_layer: nn.Module) -> torch.device | None:
 # A state dict always holds the original weight and the kernel, whether merged or not.
 
 
-def _state_dict_unmerged(layer: C3ALinear, state_dict: dict, prefix: str, _metadata) -> None:
+def _state_dict_unmerged(
+    layer: C3ALinear, state_dict: dict[str, Any], prefix: str, _metadata: object
+) -> None:
     if layer.merged and layer.enabled:
         state_dict[f"{prefix}base_layer.weight"] = layer._set_aside[0].detach()
 
 
-def _unmerge_to_load(layer: C3ALinear, *_) -> None:
+def _take_base_names(
+    _layer: C3ALinear, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Let a checkpoint of the model without adapters fit: its names have no ``base_layer``."""
+    own, inner = f"{prefix}c3a_kernel", f"{prefix}base_layer."
+    names = [name for name in state_dict if name.startswith(prefix) and name != own]
+    if not any(name.startswith(inner) for name in names):
+        for name in names:
+            state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)
+
+
+def _unmerge_to_load(layer: C3ALinear, *_: object) -> None:
     layer._prepared.drop()
     layer._merge_after_load = layer.merged
     layer.unmerge()
 
 
-def _merge_after_load(layer: C3ALinear, _incompatible_keys) -> None:
+def _merge_after_load(layer: C3ALinear, _incompatible_keys: object) -> None:
     if layer.__dict__.pop("_merge_after_load", False):
         layer.merge()
 
@@ -457,7 +495,8 @@ def _passes_gradients(x: Tensor, y: Tensor) -> bool:
     if not y.requires_grad:
         return False
     goal = torch.autograd.graph.get_gradient_edge(x).node
-    nodes, seen = [torch.autograd.graph.get_gradient_edge(y).node], set()
+    nodes: list[Node | None] = [torch.autograd.graph.get_gradient_edge(y).node]
+    seen: set[Node] = set()
     while nodes:
         node = nodes.pop()
         if node is goal:

@@ -66,7 +66,7 @@ def block_size_from_pattern(pattern: Mapping[str, int], name: str) -> int | None
     return None
 
 
-def _compiled(pattern: str) -> re.Pattern:
+def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -92,7 +92,9 @@ def fully_matched(pattern: str, names: Sequence[str]) -> set[str]:
     return {names[place] for place in _first_matches([pattern], names)}
 
 
-def first_keys(keys: Sequence[str], names: Sequence[str], *, proper: bool = False) -> list:
+def first_keys(
+    keys: Sequence[str], names: Sequence[str], *, proper: bool = False
+) -> list[str | None]:
     """Return for each name the first key that matches an end of it, or None.
 
     Keys are regular expressions. ``proper`` leaves out the whole name. Raises as ``fully_matched``.
@@ -112,16 +114,16 @@ def first_keys(keys: Sequence[str], names: Sequence[str], *, proper: bool = Fals
                 characters = list(end)
                 for dot in dots:
                     characters[dot] = "."
-                number = same_shape.get("".join(characters))
-                if number is not None and (found[place] is None or number < found[place]):
-                    found[place] = number
+                here, before = same_shape.get("".join(characters)), found[place]
+                if here is not None and (before is None or here < before):
+                    found[place] = here
     others = [number for number, key in enumerate(keys) if key not in plain]
     head = r".*\." if proper else r"(.*\.)?"
     for place, (number, _) in _first_matches(
         [rf"{head}({keys[number]})" for number in others], names
     ).items():
-        number = others[number]
-        if found[place] is None or number < found[place]:
+        number, before = others[number], found[place]
+        if before is None or number < before:
             found[place] = number
     return [None if number is None else keys[number] for number in found]
 
@@ -137,9 +139,10 @@ def layer_numbers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, in
         found = _first_matches(numbered, names)
         return {names[place]: int(index) for place, (_, index) in found.items() if index}
     numbers: dict[str, int] = {}
+    wanted: Sequence[str | None] = patterns or [None]
     for name in names:
         parts = name.split(".")
-        for pattern in patterns or [None]:
+        for pattern in wanted:
             places = (
                 place
                 for place in range(2 if pattern is None else 1, len(parts) - 1)
@@ -174,8 +177,8 @@ def _first_matches(
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired as late:
-        tried = (late.stdout or b"0").split()
-        pattern = patterns[int(tried[-1])]
+        begun = (late.stdout or b"0").split()
+        pattern = patterns[int(begun[-1])]
         raise ValueError(
             f"the regular expression {shown(pattern)} takes more than {SECONDS:g} s; names, or "
             "ends of names, take no time"

@@ -8,25 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _private, autograd, flops, shapes, vmap
+from ._private import DispatchKeySet, Overload
 
 _OPS = torch.ops.c3a
 _LIBRARY = torch.library.Library("c3a", "FRAGMENT")
+Rule = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Operator:
     """What torch must know of an operator beside its kernels in C++."""
 
-    op: Any
-    fake: Callable  # shapes.py: the result for tensors without data
-    autograd: Callable  # autograd.py: the kernel of the Autograd key
-    vmap: Callable  # vmap.py
-    flops: Callable  # flops.py
+    op: Overload
+    fake: Rule  # shapes.py: the result for tensors without data
+    autograd: Rule  # autograd.py: the kernel of the Autograd key
+    vmap: Rule  # vmap.py
+    flops: Callable[..., int]  # flops.py
     # The result follows autocast's dtype; the others keep the dtypes they are given.
     follows_autocast: bool = False
-    functional: Any = None  # of an operator in place, the one that returns a new tensor
+    functional: Overload | None = None  # of an operator in place, the one that returns a new tensor
 
 
 def _records() -> tuple[Operator, ...]:
@@ -144,24 +147,24 @@ AUTOCAST_KEYS = {
 }
 
 
-def _autocast_rule(op, device_type: str) -> Callable:
+def _autocast_rule(op: Overload, device_type: str) -> Rule:
     """Take the operands as they are (no copy to save), give the result autocast's dtype."""
 
-    def kernel(*args):
+    def kernel(*args: Any) -> Tensor:
         of = device_type
         if of == "privateuseone":
             of = _private.privateuse1_device_type()
         with _private.autocast_disabled():
-            y = op(*args)
+            y: Tensor = op(*args)
             return y if y.dtype == torch.float64 else y.to(torch.get_autocast_dtype(of))
 
     return kernel
 
 
-def _version_rule(op) -> Callable:
+def _version_rule(op: Overload) -> Rule:
     """Count a write in place, by which autograd finds saved tensors that were changed."""
 
-    def kernel(keyset, base, *args):
+    def kernel(keyset: DispatchKeySet, base: Any, *args: Any) -> None:
         if base is not None and base.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"c3a.{op.name().removeprefix('c3a::')}: expected to write a tensor of inference "
@@ -173,14 +176,14 @@ def _version_rule(op) -> Callable:
     return kernel
 
 
-def _negated_rule(op, functional) -> Callable:
+def _negated_rule(op: Overload, functional: Overload) -> Rule:
     """Write into views with the lazy negative bit, which torch's own fallback cannot here."""
 
     check = shapes.argument_check(op)
 
-    def kernel(base, *args):
+    def kernel(base: Tensor, *args: Any) -> None:
         check((base, *args))
-        args = [t.resolve_neg() if isinstance(t, torch.Tensor) else t for t in args]
+        args = tuple([t.resolve_neg() if isinstance(t, Tensor) else t for t in args])
         base.copy_(functional(base.resolve_neg(), *args))
 
     return kernel

@@ -39,7 +39,8 @@ def block_circ_conv(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     >>> block_circ_conv(torch.tensor([1.0, 0.0, 0.0]), w)
     tensor([1., 3., 2.])
     """
-    return _OPS.block_circ_conv(x, w, scale)
+    y: Tensor = _OPS.block_circ_conv(x, w, scale)
+    return y
 
 
 @typed_errors
@@ -69,7 +70,8 @@ def block_circ_conv_add(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) 
     >>> block_circ_conv_add(torch.ones(3), torch.tensor([1.0, 0.0, 0.0]), w)
     tensor([2., 4., 3.])
     """
-    return _OPS.block_circ_conv_add(base, x, w, scale)
+    y: Tensor = _OPS.block_circ_conv_add(base, x, w, scale)
+    return y
 
 
 @typed_errors
@@ -104,7 +106,8 @@ def prepare(
     >>> block_circ_conv_prepared(torch.tensor([1.0, 0.0, 0.0]), prepare(w), 3)
     tensor([1., 3., 2.])
     """
-    return _OPS.prepare(w, dtype, transposed, scale)
+    w_hat: Tensor = _OPS.prepare(w, dtype, transposed, scale)
+    return w_hat
 
 
 @typed_errors
@@ -144,7 +147,8 @@ def block_circ_conv_prepared(
     True
     >>> (dx,) = torch.autograd.grad(y.sum(), x)
     """
-    return _OPS.block_circ_conv_prepared(x, w_hat, block_size, w_hat_transposed)
+    y: Tensor = _OPS.block_circ_conv_prepared(x, w_hat, block_size, w_hat_transposed)
+    return y
 
 
 @typed_errors
@@ -172,4 +176,5 @@ def block_circ_conv_prepared_add(
     >>> block_circ_conv_prepared_add(torch.ones(3), torch.tensor([1.0, 0.0, 0.0]), prepare(w), 3)
     tensor([2., 4., 3.])
     """
-    return _OPS.block_circ_conv_prepared_add(base, x, w_hat, block_size, w_hat_transposed)
+    y: Tensor = _OPS.block_circ_conv_prepared_add(base, x, w_hat, block_size, w_hat_transposed)
+    return y

@@ -8,7 +8,7 @@ when the kernel is another tensor or its version (autograd's count of writes) ha
 
 import ctypes
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 class _Held(NamedTuple):
     """What was prepared, and from what; replaced as a whole."""
 
-    source: tuple  # shape, dtype, device, scale, and off the CPU also place and version
+    source: tuple[
+        object, ...
+    ]  # shape, dtype, device, scale, and off the CPU also place and version
     copy: Tensor | None  # of the kernel, on the CPU
     dtype: torch.dtype  # what it was prepared for
     w_hat: Tensor
@@ -38,7 +40,7 @@ class PreparedKernel:
         self._lock = threading.Lock()
         self._held: _Held | None = None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return PreparedKernel, ()  # copies and pickles of a layer start without
 
     def drop(self) -> None:
@@ -92,14 +94,14 @@ def _plain(w: Tensor) -> Tensor:
     return w.resolve_neg() if w.is_neg() else w
 
 
-def _source(w: Tensor, scale: float) -> tuple:
+def _source(w: Tensor, scale: float) -> tuple[object, ...]:
     source = (w.shape, w.dtype, w.device, scale)
     if w.device.type == "cpu":
         return source
     return (*source, w.data_ptr(), w.stride(), _private.version(w))
 
 
-def _serves(held: _Held | None, dtype: torch.dtype, transposed: bool) -> bool:
+def _serves(held: _Held | None, dtype: torch.dtype, transposed: bool) -> TypeGuard[_Held]:
     return (
         held is not None
         and held.dtype == dtype
@@ -115,7 +117,8 @@ def _is_current(held: _Held, w: Tensor, scale: float) -> bool:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Compare two contiguous tensors of one shape and dtype on the CPU."""
-    return _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
+    same: bool = _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
+    return same
 
 
 @torch.no_grad()

@@ -42,7 +42,8 @@ def singular_values(w: Tensor) -> Tensor:
     matrices of shape ``(m, n)`` that the spectra of the blocks form, one per frequency bin.
     """
     bins = torch.fft.fft(w.double()).permute(2, 0, 1)
-    return torch.linalg.svdvals(bins).flatten().sort(descending=True).values
+    sigma: Tensor = torch.linalg.svdvals(bins)
+    return sigma.flatten().sort(descending=True).values
 
 
 def rank(w: Tensor) -> int:

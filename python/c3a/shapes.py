@@ -3,7 +3,8 @@
 cpp/problem.h states the same for real ones, in the same words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,20 +30,20 @@ def widened(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(torch.promote_types(t.dtype, dtype))
 
 
-def _check(op: str, holds, message: Callable[[], str]) -> None:
+def _check(op: str, holds: bool, message: Callable[[], str]) -> None:
     torch._check(holds, lambda: f"c3a.{op}: {message()}")
 
 
-def _text(sizes) -> str:
-    sizes = [str(size) for size in sizes]
-    return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
+def _text(sizes: Sequence[int]) -> str:
+    texts = [str(size) for size in sizes]
+    return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def argument_check(op) -> Callable[[tuple], None]:
+def argument_check(op: _private.Overload) -> Callable[[Sequence[Any]], None]:
     """Return the check of an operator's arguments for what does not reach C++ as it is.
 
     It refuses None, tensors that are not dense, dtypes that the stable ABI has no number for, and
@@ -58,7 +59,7 @@ def argument_check(op) -> Callable[[tuple], None]:
     dtypes = [place for place, a in arguments if a.name == "dtype"]
     written = [place for place, a in arguments if a.alias_info and a.alias_info.is_write]
 
-    def check(args: tuple) -> None:
+    def check(args: Sequence[Any]) -> None:
         for place, argument, is_optional in tensors:
             t = args[place] if place < len(args) else None
             if t is None:
@@ -182,7 +183,9 @@ def _check_prepared(op: str, name: str, w_hat: Tensor, b: int) -> None:
     )
 
 
-def _check_product(op: str, x: Tensor, w_hat: Tensor, b: int, w_hat_transposed: Tensor | None):
+def _check_product(
+    op: str, x: Tensor, w_hat: Tensor, b: int, w_hat_transposed: Tensor | None
+) -> int:
     """Check activations and a prepared kernel; return the result's features."""
     _check_numbers(op, "x", x)
     _check_tokens(op, "x", x)
@@ -213,6 +216,12 @@ def _check_product(op: str, x: Tensor, w_hat: Tensor, b: int, w_hat_transposed: 
         got = f"{_name(w_hat.dtype)} and {_name(t.dtype)}"
         _check(op, t.dtype == w_hat.dtype, lambda: f"expected {rule}, got {got}")
     return m * b
+
+
+def _check_multiple(op: str, name: str, features: int, b: int) -> None:
+    rule = f"{name}.size(-1) to be a positive multiple of block_size = {b}"
+    right = features >= b and features % b == 0
+    _check(op, right, lambda: f"expected {rule}, got {features}")
 
 
 def _check_wide_enough(op: str, name: str, a: Tensor, w_hat: Tensor) -> None:
@@ -260,10 +269,7 @@ def kernel_grad(
     _check_tokens(op, "x", x)
     _check_same_leading(op, g, x)
     for name, a in (("grad_output", g), ("x", x)):
-        features = a.shape[-1]
-        rule = f"{name}.size(-1) to be a positive multiple of block_size = {block_size}"
-        right = features >= block_size and features % block_size == 0
-        _check(op, right, lambda rule=rule, got=features: f"expected {rule}, got {got}")
+        _check_multiple(op, name, a.shape[-1], block_size)
     dtype = dtype or g.dtype
     _check_supported(op, "dtype", dtype)
     shape = (g.shape[-1] // block_size, x.shape[-1] // block_size, block_size)

@@ -2,6 +2,7 @@
 
 import math
 from numbers import Integral
+from typing import Any
 
 from torch import nn
 
@@ -12,11 +13,18 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
     ``nn.Linear`` and everything that copies its two attributes (quantised layers, ``C3ALinear``),
     and ``transformers.pytorch_utils.Conv1D`` with its ``nx`` and ``nf``.
     """
-    for names in (("in_features", "out_features"), ("nx", "nf")):
-        sizes = tuple(getattr(layer, name, None) for name in names)
+    for in_name, out_name in (("in_features", "out_features"), ("nx", "nf")):
+        sizes: tuple[Any, Any] = getattr(layer, in_name, None), getattr(layer, out_name, None)
         if all(isinstance(size, int) and size > 0 for size in sizes):
             return sizes
     return None
+
+
+def linear_features(layer: nn.Module) -> tuple[int, int]:
+    """Return ``features`` of what is known to be a linear layer."""
+    sizes = features(layer)
+    assert sizes is not None
+    return sizes
 
 
 def common_divisors(in_features: int, out_features: int) -> list[int]:
@@ -36,10 +44,16 @@ def auto_block_size(in_features: int, out_features: int, rank: int) -> int:
     )
 
 
-def check_block_size(block_size: int, in_features: int, out_features: int, pad: bool) -> None:
+def check_block_size(block_size: object, in_features: int, out_features: int, pad: bool) -> None:
     """Raise ValueError, with the sizes that would do, unless ``block_size`` fits the layer."""
-    if not isinstance(block_size, Integral) or isinstance(block_size, bool) or block_size < 1:
+    if isinstance(block_size, bool) or not isinstance(block_size, Integral) or block_size < 1:
         raise ValueError(f"expected block_size to be an integer >= 1, got {block_size!r}")
+    # A matrix has no more diagonals: what a kernel holds beyond them would have no effect.
+    block_size, most = int(block_size), in_features + out_features - 1
+    if pad and block_size > most:
+        raise ValueError(
+            f"expected block_size <= {most}, in_features + out_features - 1, got {block_size}"
+        )
     if not pad and (in_features % block_size or out_features % block_size):
         fits = ", ".join(str(b) for b in common_divisors(in_features, out_features))
         raise ValueError(

@@ -5,7 +5,7 @@ must cost nothing; some of it to compute with, which must not leave the adapter 
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from . import _private
 class _Layer(Protocol):
     """What is asked of a ``C3ALinear``."""
 
-    base_layer: nn.Module
+    base_layer: Any  # with a weight
     c3a_kernel: nn.Parameter
     scale: float
 
@@ -46,11 +46,15 @@ class AdaptedWeight(Tensor):
         self._sum, self._addends = sum, addends
         return self
 
-    __torch_function__ = _private.no_torch_function
+    __torch_function__: ClassVar[Callable[..., Any]] = _private.no_torch_function
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a plain function
+        cls,
+        func: _private.Overload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         schema = _private.schema(func)
@@ -103,18 +107,25 @@ class AdaptedWeight(Tensor):
     def tolist(self) -> Any:
         return self._sum().tolist()
 
-    def __deepcopy__(self, memo: dict) -> Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self._sum()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._sum().__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(  # type: ignore[override]  # mypy loses the name of torch's argument
+        self, *, tensor_contents: object = None
+    ) -> str:
         return f"AdaptedWeight({self._sum()!r}, requires_grad={self.requires_grad})"
 
 
 class _Read(torch.autograd.Function):
     """Take the sum for a function of the base weight and the kernel."""
+
+    if TYPE_CHECKING:  # torch's takes anything
+
+        @classmethod
+        def apply(cls, layer: _Layer, weight: Tensor, kernel: Tensor) -> Tensor: ...
 
     @staticmethod
     def forward(ctx: Any, layer: _Layer, weight: Tensor, kernel: Tensor) -> Tensor:
@@ -133,7 +144,7 @@ class _Read(torch.autograd.Function):
         return AdaptedWeight(weight, weight.device, sum, (weight, kernel))
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor | None, Tensor]:
         (kernel,) = ctx.saved_tensors
         again = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -148,16 +159,17 @@ def read(layer: _Layer) -> Tensor:
     return _Read.apply(layer, layer.base_layer.weight, layer.c3a_kernel)
 
 
-def _state_of(layer: _Layer) -> tuple:
+def _state_of(layer: _Layer) -> tuple[object, ...]:
     """Return what tells whether a layer's weight is still what it was."""
-    parts = []
-    while hasattr(layer, "c3a_kernel"):
-        parts += [layer.scale, _version(layer.c3a_kernel)]
-        layer = layer.base_layer
-    return (*parts, _version(layer.weight))
+    parts: list[object] = []
+    part: Any = layer
+    while hasattr(part, "c3a_kernel"):
+        parts += [part.scale, _version(part.c3a_kernel)]
+        part = part.base_layer
+    return (*parts, _version(part.weight))
 
 
-def _version(t: Tensor) -> tuple:
+def _version(t: Tensor) -> tuple[int, int | None]:
     return id(t), None if t.is_inference() else _private.version(t)
 
 
@@ -172,7 +184,9 @@ def _summed(value: Any) -> Any:
     return value
 
 
-def _view(func: Any, whole: AdaptedWeight, args: tuple, kwargs: dict) -> Any:
+def _view(
+    func: _private.Overload, whole: AdaptedWeight, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Return views of an adapted weight that have no memory either."""
 
     def views() -> Any:
@@ -182,10 +196,11 @@ def _view(func: Any, whole: AdaptedWeight, args: tuple, kwargs: dict) -> Any:
     found = func(like, *args, **kwargs)
     if isinstance(found, Tensor):
         return AdaptedWeight(found, whole.device, views)
-    return [
-        AdaptedWeight(view, whole.device, lambda place=place: views()[place])
-        for place, view in enumerate(found)
-    ]
+
+    def part(place: int) -> Callable[[], Tensor]:
+        return lambda: views()[place]
+
+    return [AdaptedWeight(view, whole.device, part(place)) for place, view in enumerate(found)]
 
 
 def _written(what: object) -> RuntimeError:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show_warning(message, *_) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"c3a: warning: {str(message).removeprefix('c3a: ')}", file=sys.stderr)
 
 
@@ -62,7 +62,7 @@ def _ctrl_c_stays_itself() -> Iterator[None]:
     """Raise KeyboardInterrupt for Ctrl-C also where a library turned it into another error."""
     pressed = False
 
-    def on_ctrl_c(number, frame):
+    def on_ctrl_c(number: int, frame: object) -> None:
         nonlocal pressed
         pressed = True
         raise KeyboardInterrupt

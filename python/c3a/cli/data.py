@@ -3,16 +3,17 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .failures import working_on
 
-Row = dict[str, object]
+Row = dict[str, Any]  # values of JSON, or text
 
 
 def _read_table(path: Path, separator: str = ",") -> Iterator[Row]:
@@ -53,7 +54,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
             yield row
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_table,
     ".tsv": lambda path: _read_table(path, "\t"),
     ".jsonl": _read_json_lines,
@@ -72,7 +73,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, rows) -> "Examples":
+    def take(self, rows: Iterable[int]) -> "Examples":
         return Examples([self.texts[i] for i in rows], [self.labels[i] for i in rows], self.names)
 
 
@@ -145,7 +146,7 @@ def split(examples: Examples, seed: int) -> tuple[Examples, Examples, Examples]:
     The test split is the larger one: its accuracy is the figure that is reported, and its standard
     error is about 1 point with 1,700 sentences.
     """
-    parts: tuple[list[int], ...] = ([], [], [])
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
     labels = np.asarray(examples.labels)
     random = np.random.default_rng(seed)
     if len(examples.names) < 2:
@@ -161,4 +162,5 @@ def split(examples: Examples, seed: int) -> tuple[Examples, Examples, Examples]:
             parts, (rows[3 * tenth :], rows[:tenth], rows[tenth : 3 * tenth]), strict=True
         ):
             part.extend(chosen.tolist())
-    return tuple(examples.take(random.permutation(part)) for part in parts)
+    train, validation, test = (examples.take(random.permutation(part)) for part in parts)
+    return train, validation, test

@@ -29,7 +29,9 @@ def line_for(error: Exception) -> str | None:
 
 
 @contextmanager
-def working_on(what: object, kinds=Exception) -> Iterator[None]:
+def working_on(
+    what: object, kinds: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
     """Turn what is raised about a user's file into a ValueError that says which file.
 
     Every kind of error only around calls of libraries, which raise all kinds for broken files.

@@ -9,7 +9,7 @@ _TOO_MUCH = 2**31
 _METHODS = ("c3a", "lora", "bitfit", "head", "full")
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "finetune",
         help="fine-tune a sequence classifier and report its accuracy",
@@ -91,16 +91,18 @@ def run(options: argparse.Namespace) -> None:
     )
 
     model, tokenizer, head = models.load_classifier(source, examples.names)
-    encoded = [training.encode(part, model, tokenizer, options.max_length) for part in splits]
+    train, validation, test = (
+        training.encode(part, model, tokenizer, options.max_length) for part in splits
+    )
     targets = _targets(options.target_modules)
-    model = models.adapt(model, options.method, head, targets, options.block_size, options.rank)
+    adapted = models.adapt(model, options.method, head, targets, options.block_size, options.rank)
     lr, head_lr = models.LEARNING_RATES[options.method]
     lr = lr if options.lr is None else options.lr
     head_lr = head_lr if options.head_lr is None else options.head_lr
     result = training.train(
-        model,
+        adapted,
         tokenizer,
-        encoded,
+        (train, validation, test),
         head=head,
         lr=lr,
         head_lr=head_lr,
@@ -126,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
 
         def write(folder: Path) -> None:
             with working_on(options.output, WRITING):
-                models.save(model, options.method, folder)
+                models.save(adapted, options.method, folder)
                 training.draw_curve(result, options.method, folder / "curve.png")
                 text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
                 (folder / "metrics.json").write_text(text, encoding="utf-8")
@@ -135,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"written to {options.output}")
 
 
-def _targets(names: list[str]):
+def _targets(names: list[str]) -> str | list[str]:
     if len(names) == 1 and (names[0] == "all-linear" or set(names[0]) & set("*+?|()[]\\^$")):
         return names[0]
     return names

@@ -1,5 +1,6 @@
 """``c3a info``: the facts that a bug report needs."""
 
+import argparse
 import platform
 import sys
 from importlib import metadata
@@ -9,7 +10,7 @@ import torch
 from .. import _library
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "info", help="print the facts of this build, torch and devices that a bug report needs"
     )

@@ -13,7 +13,7 @@ _FORMATS = ("png", "svg", "pdf", "jpg", "webp")
 _SHOWN = 0.98  # of a spectrum: its last values fall off a cliff that would squeeze all others
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "inspect", help="print shape, norm and rank of each layer of an adapter, draw its spectra"
     )
@@ -151,7 +151,7 @@ def draw_spectra(spectra: Mapping[str, Tensor], path: Path, suffix: str, title: 
     kinds = by_kind(list(spectra))
     depths = [depth for members in kinds.values() for depth, _ in members if depth is not None]
     # without its palest end, which nobody sees on white
-    colors = ListedColormap(colormaps["viridis"].resampled(256).colors[:230])
+    colors = ListedColormap(colormaps["viridis"].resampled(256)(range(230)))
     scale = ScalarMappable(Normalize(min(depths, default=0), max(depths, default=1)), colors)
     columns = min(len(kinds), 4 if len(kinds) in (4, 7, 8) or len(kinds) > 9 else 3)
     rows = -(-len(kinds) // columns)
@@ -164,7 +164,8 @@ def draw_spectra(spectra: Mapping[str, Tensor], path: Path, suffix: str, title: 
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize="small")
         for depth, name in members:
-            color = "0.25" if depth is None else scale.to_rgba(depth)
+            # matplotlib declares arrays only, and takes a number as well
+            color = "0.25" if depth is None else scale.to_rgba(depth)  # type: ignore[arg-type]
             sigma = spectra[name].tolist()
             panel.semilogy(range(1, len(sigma) + 1), sigma, color=color, lw=1.1)
         if not any(len(spectra[name]) for _, name in members):

