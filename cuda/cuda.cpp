@@ -199,7 +199,13 @@ class Steps {
       w_hat = empty<float>(c.p.m * c.p.n * c.p.b);
       const bool transposed = c.form == Form::transposed;
       const Problem kernel = transposed ? c.p.transposed() : c.p;
-      prepare_fused({{1, kernel.m, kernel.n, kernel.b}, c.kernel, transposed, c.scale, w_hat});
+      prepare_fused(
+          {{1, kernel.m, kernel.n, kernel.b},
+           c.kernel,
+           w_hat.scalar_type(),
+           transposed,
+           c.scale,
+           w_hat});
     }
     const Fused problem{
         .b = c.p.b,

@@ -313,8 +313,9 @@ def test_a_kernel_is_prepared_once_where_no_gradient_is_wanted_for_it():
     check(layer, x)
 
 
-def test_prepare_does_it_before_the_first_call():
-    layer, x = adapted(), torch.randn(5, 24)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prepare_does_it_before_the_first_call(dtype):
+    layer, x = adapted().to(dtype), torch.randn(5, 24, dtype=dtype)
     assert transforms(layer.prepare) == 1
     with torch.no_grad():
         assert transforms(lambda: layer(x)) == 0

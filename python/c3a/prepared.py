@@ -54,7 +54,7 @@ class PreparedKernel:
                 f"one counts no writes, and on {w.device} nothing else tells when it changes"
             )
         with self._lock:
-            self._held = _prepared(_plain(w), scale, sums_dtype(w.dtype), transposed=False)
+            self._held = _prepared(_plain(w), scale, _prepared_for(w, w.dtype), transposed=False)
 
     def get(
         self, w: Tensor, scale: float, activations: tuple[torch.dtype, ...], transposed: bool
@@ -63,9 +63,7 @@ class PreparedKernel:
 
         For activations and results of these dtypes; the second is None unless ``transposed``.
         """
-        dtype = sums_dtype(w.dtype, *activations)
-        if w.is_cpu and torch.bfloat16 in activations and dtype == torch.float32:
-            dtype = torch.bfloat16  # as the operator does without a prepared kernel
+        dtype = _prepared_for(w, *activations)
         held, w = self._held, _plain(w)
         if w.device.type != "cpu":
             if held is None:
@@ -92,6 +90,13 @@ def _plain(w: Tensor) -> Tensor:
     """Return the kernel's numbers as they are now, whatever becomes of the parameter."""
     w = w.detach()
     return w.resolve_neg() if w.is_neg() else w
+
+
+def _prepared_for(w: Tensor, *activations: torch.dtype) -> torch.dtype:
+    """Return the dtype for which an operator would transform the kernel itself."""
+    sums = sums_dtype(w.dtype, *activations)
+    narrow = w.is_cpu and sums == torch.float32 and torch.bfloat16 in activations
+    return torch.bfloat16 if narrow else sums
 
 
 def _source(w: Tensor, scale: float) -> tuple[object, ...]:
