@@ -53,5 +53,6 @@ function(c3a_operator_library target)
     LINKER:--no-as-needed LINKER:--allow-shlib-undefined LINKER:-z,lazy
     LINKER:--unresolved-symbols=ignore-all)
   set_target_properties(${target} PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH "")
+  c3a_for_old_systems(${target})
   install(TARGETS ${target} LIBRARY DESTINATION c3a)
 endfunction()
