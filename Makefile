@@ -174,7 +174,7 @@ wheel: $(PY)
 	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} && export SOURCE_DATE_EPOCH && \
 		C3A_MANYLINUX=ON $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel \
 			--config-settings=build-dir=build/wheel/tree . && \
-		$(PY) -m auditwheel repair --plat $(PLATFORM) --only-plat --wheel-dir "$(DIST)" \
+		PATH="$(VENV)/bin:$$PATH" auditwheel repair --plat $(PLATFORM) --only-plat --wheel-dir "$(DIST)" \
 			$(foreach other,$(OTHERS),--exclude '$(other)') build/wheel/*.whl
 
 WHEEL_VENV := build/wheel-test

@@ -6,7 +6,7 @@
 #include <concepts>
 #include <cstdint>
 
-#include "simd.h"
+#include "../cpp/simd.h"
 
 namespace c3a::cpu::C3A_LEVEL {
 

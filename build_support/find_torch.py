@@ -56,6 +56,7 @@ def _interpreters() -> Iterator[str]:
                     yield str(python)
         except OSError:  # another user's process, or one that has ended
             continue
+    yield str(Path(sys.base_prefix, "bin", "python3"))
 
 
 def _of(python: str, env: dict[str, str]) -> str:
