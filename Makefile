@@ -184,13 +184,15 @@ wheel-test:
 	$(PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/python -m pip install --quiet $(TORCH) pytest numpy scipy
 	CXX=/bin/false $(WHEEL_VENV)/bin/python -m pip install --quiet --only-binary :all: $(DIST)/*.whl
-	$(WHEEL_VENV)/bin/python -m pytest $(OPERATORS) tests/test_package.py
+	$(WHEEL_VENV)/bin/python -m pytest tests/test_operator.py tests/test_cpu.py tests/test_package.py
+
+TWICE := "build/once" "build/another longer folder"
 
 wheel-twice:
-	for folder in build/once "build/another longer folder"; do \
-		rm -rf "$$folder" && mkdir -p "$$folder" && \
-		git ls-files -z | tar --create --null --files-from - | tar --extract --directory "$$folder" && \
-		$(MAKE) --directory "$$folder" wheel DIST=dist || exit 1; done
+	for folder in $(TWICE); do rm -rf "$$folder" && mkdir -p "$$folder" && \
+		git ls-files -z | tar --create --null --files-from - | tar --extract --directory "$$folder" \
+		|| exit 1; done
+	for folder in $(TWICE); do $(MAKE) --directory "$$folder" wheel DIST=dist || exit 1; done
 	cmp build/once/dist/*.whl "build/another longer folder/dist/"*.whl
 
 lint:
