@@ -7,7 +7,7 @@ VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 OUTPUT ?= runs/rotten_tomatoes
 
 SOURCES := bench build_support python tests
-CPP := cpp/*.h cpp/*.cpp cuda/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
+CPP := build_support/*.cpp cpp/*.h cpp/*.cpp cuda/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -117,7 +117,6 @@ emulated-%:
 
 mutants:
 	$(INSTALL) --no-deps $(CUDA_HEADERS)
-	$(INSTALL) cmake ninja pybind11
 	$(PY) tests/cuda_emulation/mutants.py
 
 DRIVERLESS := build/driverless

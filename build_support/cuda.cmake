@@ -4,10 +4,10 @@ set(C3A_CUDA_FACTS "")
 set(_want_cuda OFF)
 if(NOT C3A_CUDA STREQUAL "OFF")
   include(build_support/cufft.cmake)
-  # nvcc comes with the toolkit, or as the wheel nvidia-cuda-nvcc beside torch's own CUDA.
+  # nvcc comes with the toolkit, or as the wheel nvidia-cuda-nvcc beside torch's own CUDA libraries.
   if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
     find_program(C3A_NVCC nvcc
-      PATHS /usr/local/cuda/bin "${C3A_TORCH_ROOT}/../nvidia/cu13/bin")
+      HINTS "${C3A_TORCH_ROOT}/../nvidia/cu13/bin" PATHS /usr/local/cuda/bin)
     if(C3A_NVCC)
       set(CMAKE_CUDA_COMPILER "${C3A_NVCC}")
       # The wheel's nvcc does not look for the libraries that CMake tries it with where they are.

@@ -41,8 +41,10 @@ def cuda_library() -> CudaLibrary:
     built = [path.stem.removeprefix("libc3a_cuda") for path in _libraries("libc3a_cuda*.so")]
     has = f"has CUDA {', '.join(built)} only" if built else "is built without CUDA"
     if major in _CUDA_MAJORS:
-        build = "C3A_CUDA=ON pip install --force-reinstall --no-deps ."
-        remedy = f"with nvcc {major}, in the folder of c3a's sources: {build}"
+        remedy = (
+            f"pip install 'cuda-toolkit[nvcc,cufft,cccl]=={major}.*' and, in the folder of c3a's "
+            "sources, C3A_CUDA=ON pip install --force-reinstall --no-deps ."
+        )
     else:
         remedy = f"install a torch built for CUDA {' or '.join(_CUDA_MAJORS)}"
     return CudaLibrary(None, f"this torch has CUDA {major}, this build of c3a {has}", remedy)
