@@ -161,7 +161,8 @@ aarch64:
 		$(AARCH64) $$file || exit 1; done
 
 # Wheels for other machines. Nothing of torch or CUDA goes into them, and the same sources give the
-# same bytes: SOURCE_DATE_EPOCH is the last commit's.
+# same bytes: SOURCE_DATE_EPOCH is the last commit's. (With CUDA, from the same folder only: nvcc makes
+# names of files' paths.)
 DIST ?= dist
 PLATFORM := manylinux_2_28_$(shell uname -m)
 OTHERS := libc3a_cpu.so libtorch*.so libc10*.so libcu*.so.*
@@ -191,7 +192,7 @@ wheel-twice:
 	for folder in $(TWICE); do rm -rf "$$folder" && mkdir -p "$$folder" && \
 		git ls-files -z | tar --create --null --files-from - | tar --extract --directory "$$folder" \
 		|| exit 1; done
-	for folder in $(TWICE); do $(MAKE) --directory "$$folder" wheel DIST=dist || exit 1; done
+	for folder in $(TWICE); do C3A_CUDA=OFF $(MAKE) --directory "$$folder" wheel DIST=dist || exit 1; done
 	cmp build/once/dist/*.whl "build/another longer folder/dist/"*.whl
 
 lint:
