@@ -6,8 +6,8 @@ TORCH ?= torch==2.13.0
 VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 OUTPUT ?= runs/rotten_tomatoes
 
-SOURCES := bench build_support python tests
-CPP := cpp/*.h cpp/*.cpp cuda/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
+SOURCES := bench build_support examples python tests
+CPP := cpp/*.h cpp/*.cpp cuda/* examples/cpp/*.cpp tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
