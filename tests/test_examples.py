@@ -1,8 +1,10 @@
 """Each example runs in its short mode, and does what it says."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,8 @@ def test_the_denoiser_learns_another_drawing(capsys):
 
 
 def test_the_cpp_program_calls_the_operator_without_python(tmp_path):
-    tools = {tool: shutil.which(tool) for tool in ("cmake", "c++")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    tools = {tool: shutil.which(tool, path=path) for tool in ("cmake", "c++")}
     if None in tools.values():
         pytest.skip(f"needs {', '.join(tool for tool, found in tools.items() if not found)}")
     if not Path(torch.utils.cmake_prefix_path, "Torch", "TorchConfig.cmake").exists():
@@ -65,8 +68,8 @@ def test_the_cpp_program_calls_the_operator_without_python(tmp_path):
     where = ["-S", EXAMPLES / "cpp", "-B", tmp_path]
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     for command in (
-        ["cmake", *where, prefix],
-        ["cmake", "--build", tmp_path],
+        [tools["cmake"], *where, prefix],
+        [tools["cmake"], "--build", tmp_path],
         [tmp_path / "block_circ_conv", _libraries("libc3a_cpu.so")[0]],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
