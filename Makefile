@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 OUTPUT ?= runs/rotten_tomatoes
 
-SOURCES := bench build_support examples python tests
+SOURCES := bench build_support docs examples python tests
 CPP := cpp/*.h cpp/*.cpp cuda/* examples/cpp/*.cpp tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
 
 PY := $(VENV)/bin/python
@@ -31,7 +31,7 @@ CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda
 CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
 .PHONY: help finetune test levels fuzz sanitize emulated mutants emulated-torch torches aarch64 lint \
-	format bench cuda gpu
+	format bench docs cuda gpu
 
 help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
@@ -45,6 +45,7 @@ help:
 	@echo "make torches    build with the oldest and the newest torch, and run the tests (2 x 5.5 GB)"
 	@echo "make aarch64    compile the CPU library for aarch64 (after make test)"
 	@echo "make bench      set up, then time the operator against its peers"
+	@echo "make docs       set up, then build the documentation into build/docs"
 	@echo "make cuda       rebuild with the CUDA library and look at its machine code (needs nvcc 13)"
 	@echo "make gpu        on a machine with a GPU, nvcc 13 and a CUDA torch: everything, into a report"
 	@echo "make format     format the sources"
@@ -172,6 +173,13 @@ bench: $(PY)
 	$(INSTALL) $(TORCH)
 	$(INSTALL) '.[bench]'
 	$(PY) bench/bench.py --plot bench/speed.png --json bench/speed.json
+
+# Every name and link within must resolve; nothing asks the network.
+docs: $(PY)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) '.[docs]'
+	$(PY) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 # Compiling needs no GPU and no CUDA build of torch.
 cuda: $(PY)

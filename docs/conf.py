@@ -35,6 +35,7 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 
 # Names of other projects, with their places, in files of our own: no build asks the network.
 DRAWN = HERE / "drawn"
@@ -62,7 +63,7 @@ _PARTS = {
     "DESIGN.md": "design.md",
     "CONTRIBUTING.md": "extending.md",
     "CHANGELOG.md": "changelog.md",
-    "DESIGN.md#cost": "benchmarks.md#cost",
+    "DESIGN.md#cost": "benchmarks.md#where-the-time-goes",
     "DESIGN.md#the-cuda-library": "cuda.md#the-cuda-library",
     "README.md#the-input-gradient": "from-peft.md#the-input-gradient",
     "README.md#speed-and-memory": "benchmarks.md#speed-and-memory",

@@ -39,37 +39,36 @@ class Drawing:
             f'stroke-width="1.5"/><polygon points="{head}"/>'
         )
 
-    def svg(self) -> str:
-        return "\n".join(['<div class="drawing">', *self.parts, "</svg></div>\n"])
+    def html(self, kind: str) -> str:
+        return "\n".join([f'<div class="{kind}">', *self.parts, "</svg></div>\n"])
 
 
 def _colour(i: int, j: int, position: int) -> str:
-    return f"hsl({(i * N + j) * 360 // (M * N)}, 65%, {72 - 11 * position}%)"
+    return f"hsl({(i * N + j) * 360 // (M * N)}, 65%, {86 - 9 * position}%)"
 
 
 def matrix() -> Drawing:
     """``circulant(w)`` for m = 2, n = 3, b = 4: equal numbers have equal colours."""
     side = B * CELL
-    width, height = 120 + N * (side + GAP) + 130, 60 + M * (side + GAP)
-    drawing = Drawing(width, height, "A block-circulant matrix of 2 by 3 blocks of size 4")
+    width, height = 30 + N * (side + GAP), 30 + M * (side + GAP)
+    drawing = Drawing(width, height, f"A block-circulant matrix of {M} by {N} blocks of size {B}")
+    for j in range(N):
+        drawing.words(30 + j * (side + GAP) + side / 2, 20, f"x{'₀₁₂'[j]}")
     for i in range(M):
+        drawing.words(12, 35 + i * (side + GAP) + side / 2, f"y{'₀₁'[i]}")
         for j in range(N):
-            left, top = 60 + j * (side + GAP), 40 + i * (side + GAP)
+            left, top = 30 + j * (side + GAP), 30 + i * (side + GAP)
             for u in range(B):
                 for t in range(B):
                     position = (t - u) % B
                     x, y = left + t * CELL, top + u * CELL
-                    drawing.box(x, y, CELL, CELL, colour=_colour(i, j, position), opacity=0.75)
-                    middle = x + CELL / 2
-                    text = f'<tspan fill="#111">{position}</tspan>'
-                    drawing.words(middle, y + CELL / 2 + 5, text, bold=u == 0)
-            drawing.words(left + side / 2, 26, f"x{'₀₁₂'[j]}") if i == 0 else None
-        drawing.words(40, 40 + i * (side + GAP) + side / 2, f"y{'₀₁'[i]}")
-    right = 60 + N * (side + GAP) + 12
-    for line, text in enumerate(("number p of", "w[i, j] stands", "where (t − u)", "mod b = p")):
-        drawing.words(right, 60 + 20 * line, text, anchor="start", size=13)
-    for line, text in enumerate(("first row", "(bold): w[i, j]")):
-        drawing.words(right, 160 + 20 * line, text, anchor="start", size=13)
+                    drawing.box(x, y, CELL, CELL, colour=_colour(i, j, position))
+                    drawing.words(
+                        x + CELL / 2,
+                        y + CELL / 2 + 5,
+                        f'<tspan fill="#111">{position}</tspan>',
+                        bold=u == 0,
+                    )
     return drawing
 
 
@@ -84,38 +83,39 @@ _STEPS = (  # words, what it moves or does, colour's hue
 
 def flow() -> Drawing:
     """The steps of a tile of tokens, and what each reads and writes."""
-    width, height, left, wide = 720, 470, 150, 330
+    left, wide, side, aside = 100, 330, 70, 490
+    width, height = aside + 130, 430
     drawing = Drawing(width, height, "Data flow of a tile of tokens through the fused kernel")
-    drawing.box(left - 20, 60, wide + 40, 350, dashed=True)
-    drawing.words(left - 10, 52, "a tile of tokens, in cache or shared memory", anchor="start", size=13)
+    drawing.box(left - 14, 30, wide + 28, 352, dashed=True)
+    drawing.words(left - 14, 20, "a tile of tokens, in cache or shared memory", anchor="start")
     for number, (name, what, hue) in enumerate(_STEPS):
-        y = 75 + 68 * number
-        drawing.box(left, y, wide, 48, colour=f"hsl({hue}, 60%, 50%)", opacity=0.22)
+        y = 45 + 68 * number
+        drawing.box(left, y, wide, 48, colour=f"hsl({hue}, 60%, 50%)", opacity=0.25)
         drawing.words(left + wide / 2, y + 20, name, bold=True)
         drawing.words(left + wide / 2, y + 39, what, size=12)
         if number:
             drawing.arrow(left + wide / 2, y - 20, left + wide / 2, y)
-    drawing.box(10, 75, 90, 48)
-    drawing.words(55, 104, "x")
-    drawing.arrow(100, 99, left, 99)
-    drawing.box(560, 143, 150, 48)
-    drawing.words(635, 163, "w, (m, n, b)")
-    drawing.words(635, 181, "kernel", size=12)
-    drawing.box(560, 211, 150, 48)
-    drawing.words(635, 231, "its spectra, once", size=13)
-    drawing.words(635, 249, "scale / b included", size=12)
-    drawing.arrow(635, 191, 635, 211)
-    drawing.arrow(560, 235, left + wide, 235)
-    drawing.box(10, 347, 90, 48)
-    drawing.words(55, 376, "base(x)")
-    drawing.arrow(100, 371, left, 371)
-    drawing.box(560, 347, 150, 48)
-    drawing.words(635, 376, "y, in place")
-    drawing.arrow(left + wide, 371, 560, 371)
-    drawing.words(left + wide / 2, 445, "Main memory is touched by load and store only.", size=13)
+    drawing.box(1, 45, side, 48)
+    drawing.words(1 + side / 2, 74, "x")
+    drawing.arrow(1 + side, 69, left, 69)
+    drawing.box(aside, 113, 129, 48)
+    drawing.words(aside + 65, 133, "kernel w")
+    drawing.words(aside + 65, 151, "(m, n, b)", size=12)
+    drawing.box(aside, 181, 129, 48)
+    drawing.words(aside + 65, 201, "its spectra, once")
+    drawing.words(aside + 65, 219, "times scale / b", size=12)
+    drawing.arrow(aside + 65, 161, aside + 65, 181)
+    drawing.arrow(aside, 205, left + wide, 205)
+    drawing.box(1, 317, side, 48)
+    drawing.words(1 + side / 2, 346, "base(x)")
+    drawing.arrow(1 + side, 341, left, 341)
+    drawing.box(aside, 317, 129, 48)
+    drawing.words(aside + 65, 346, "y, in its place")
+    drawing.arrow(left + wide, 341, aside, 341)
+    drawing.words(left + wide / 2, 410, "Only load and store touch main memory.", size=13)
     return drawing
 
 
 def write(folder: Path) -> None:
-    (folder / "matrix.html").write_text(matrix().svg(), encoding="utf-8")
-    (folder / "flow.html").write_text(flow().svg(), encoding="utf-8")
+    (folder / "matrix.html").write_text(matrix().html("drawing"), encoding="utf-8")
+    (folder / "flow.html").write_text(flow().html("drawing wide"), encoding="utf-8")

@@ -1,0 +1,74 @@
+"""The documentation's code runs, and it names what there is."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import c3a
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["block-size", "compile", "from-lora", "from-peft", "serving"])
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:peft")
+def test_the_code_of_a_page_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in python_blocks(DOCS / f"{name}.md"):
+        exec(compile(block, f"{name}.md", "exec"), names)
+    assert names
+
+
+def test_every_page_with_code_is_run_by_a_test():
+    with_code = {page.stem for page in DOCS.glob("*.md") if python_blocks(page)}
+    assert with_code == {
+        "block-size",
+        "compile",
+        "distributed",
+        "from-lora",
+        "from-peft",
+        "serving",
+    }
+
+
+def test_the_distributed_page_runs_in_two_processes(tmp_path):
+    (block,) = python_blocks(DOCS / "distributed.md")
+    (tmp_path / "train.py").write_text(
+        block + "\nkernel = again.module[0].c3a_kernel.detach()\nassert kernel.any()\n"
+        "open(f'{__import__(\"os\").environ[\"RANK\"]}.txt', 'w').write(repr(kernel.tolist()))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, "train.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
+    assert (tmp_path / "runs" / "distributed" / "adapter_config.json").exists()
+
+
+def test_the_api_page_has_every_public_name_and_no_other():
+    named = re.findall(r"auto(?:class|function):: c3a\.(\w+)$", (DOCS / "api.md").read_text(), re.M)
+    assert sorted(named) == sorted(c3a.__all__)
+
+
+def test_the_translation_table_has_every_setting_of_pefts_configuration():
+    import peft
+
+    ours = {field.name for field in fields(peft.C3AConfig)}
+    general = {field.name for field in fields(peft.PeftConfig)} - {"task_type", "inference_mode"}
+    page = (DOCS / "from-peft.md").read_text()
+    assert {name for name in ours - general if f"`{name}`" not in page} == set()
+
+
+def test_parameters_at_rank_8_are_counted_as_the_lora_page_says():
+    model = torch.nn.Sequential(torch.nn.Linear(768, 768), torch.nn.Linear(768, 768))
+    c3a.patch_model(model, "all-linear", block_size="auto", rank=8)
+    assert c3a.summary(model).trainable == 12_288
