@@ -1,4 +1,4 @@
-"""The site, built by `make docs`. Its pages include README, DESIGN and the rest, and do not repeat them."""
+"""The site, built by `make docs`. Its pages include README and DESIGN, and do not repeat them."""
 
 import re
 import sys
