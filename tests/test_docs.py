@@ -1,5 +1,6 @@
 """The documentation's code runs, and it names what there is."""
 
+import doctest
 import re
 import subprocess
 import sys
@@ -27,6 +28,17 @@ def test_the_code_of_a_page_runs(name, tmp_path, monkeypatch):
     for block in python_blocks(DOCS / f"{name}.md"):
         exec(compile(block, f"{name}.md", "exec"), names)
     assert names
+
+
+@pytest.mark.parametrize("name", c3a.__all__)
+def test_every_public_name_has_an_example_that_runs_by_itself(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = doctest.DocTestFinder(recurse=False).find(getattr(c3a, name), name, globs={})
+    assert any(test.examples for test in found)
+    runner = doctest.DocTestRunner()
+    for test in found:
+        runner.run(test)
+    assert runner.failures == 0
 
 
 def test_every_page_with_code_is_run_by_a_test():
@@ -72,3 +84,29 @@ def test_parameters_at_rank_8_are_counted_as_the_lora_page_says():
     model = torch.nn.Sequential(torch.nn.Linear(768, 768), torch.nn.Linear(768, 768))
     c3a.patch_model(model, "all-linear", block_size="auto", rank=8)
     assert c3a.summary(model).trainable == 12_288
+
+
+def sources() -> str:
+    """All messages of the code, each on one line, its variable parts as dots."""
+    files = [ROOT / "CMakeLists.txt", *(ROOT / "build_support").iterdir()]
+    files += [*(ROOT / "cpp").iterdir(), *(ROOT / "python" / "c3a").rglob("*.py")]
+    text = "\n".join(path.read_text() for path in files if path.is_file())
+    joined = re.sub(r'"\s*\n\s*f?"', "", text)
+    return re.sub(r"\$?\{[^{}]*\}|\", [\w.]+, \"", "…", joined)
+
+
+def test_the_messages_of_the_troubleshooting_page_are_the_codes():
+    page = (DOCS / "troubleshooting.md").read_text()
+    by_others = re.search(r"^## Installing, said by others$.*?^## ", page, re.M | re.S)[0]
+    titles = re.findall(r"^### (.*`.*)$", page.replace(by_others, ""), re.M)
+    messages = [message for title in titles for message in re.findall(r"`([^`]+)`", title)]
+    assert len(messages) > 20
+    text = sources()
+    missing = [
+        message
+        for message in messages
+        if not re.search(
+            ".*".join(re.escape(part) for part in message.removeprefix("c3a: ").split("…")), text
+        )
+    ]
+    assert missing == []
