@@ -39,7 +39,7 @@ class Controls final : public CudaControls {
     try {
       plans_.set_capacity(number("C3A_CUDA_PLANS", 64));
       temporary_limit_ = number("C3A_CUDA_TEMPORARY_MIB", 256) << 20;
-      const char* path = std::getenv("C3A_CUDA_PATH");
+      const char* path = setting("C3A_CUDA_PATH");
       if (path) path_ = path_named("C3A_CUDA_PATH", path);
     } catch (const std::exception& error) {
       wrong_ = error.what();
@@ -80,8 +80,14 @@ class Controls final : public CudaControls {
   PlanCache& plans() { return plans_; }
 
  private:
-  static int64_t number(const std::string& variable, int64_t otherwise) {
+  // An empty variable is as if unset.
+  static const char* setting(const std::string& variable) {
     const char* text = std::getenv(variable.c_str());
+    return text && *text ? text : nullptr;
+  }
+
+  static int64_t number(const std::string& variable, int64_t otherwise) {
+    const char* text = setting(variable);
     if (!text) return otherwise;
     constexpr int64_t kMost = 1 << 30;
     char* end = nullptr;

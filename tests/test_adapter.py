@@ -215,6 +215,10 @@ DAMAGES = {
         r"adapter_config.json: target_modules \['q_proj'\]: the adapter does not fit this model: "
         r"nothing matched target_modules \['q_proj'\]; linear layers of the model: query",
     ),
+    "size beyond the layer": (
+        lambda f, t: edit_config(f, block_size=24),
+        "adapter_config.json: blocks.0.query: expected block_size <= 23, in_features .* got 24",
+    ),
     "no targets": (lambda f, t: edit_config(f, target_modules=None), "names no target_modules"),
     "block size": (
         lambda f, t: edit_config(f, block_size=None),
@@ -229,7 +233,7 @@ DAMAGES = {
 
 
 # For a model that is patched already, its own patch stands for the configuration's.
-OF_THE_CONFIGURATION = ("another model", "no targets", "block size")
+OF_THE_CONFIGURATION = ("another model", "no targets", "block size", "size beyond the layer")
 
 
 @pytest.mark.parametrize(

@@ -693,6 +693,8 @@ def test_settings_start_from_the_environment(device):
     facts = "_C.cuda_path(), _C.cuda_temporary_limit(), _C.cuda_plan_cache()['capacity']"
     settings = {"C3A_CUDA_PATH": "cufft", "C3A_CUDA_TEMPORARY_MIB": "3", "C3A_CUDA_PLANS": "7"}
     assert in_another_process(f"print({facts})", **settings) == f"cufft {3 << 20} 7"
+    empty = dict.fromkeys(settings, "")
+    assert in_another_process(f"print({facts})", **empty) == f"auto {256 << 20} 64"
 
 
 @pytest.mark.parametrize(
@@ -701,8 +703,8 @@ def test_settings_start_from_the_environment(device):
         ("C3A_CUDA_PATH", "fast", "expected C3A_CUDA_PATH to be auto, fused or cufft, got fast"),
         (
             "C3A_CUDA_PLANS",
-            "",
-            "expected C3A_CUDA_PLANS to be a number from 1 to 1073741824, got ''",
+            "0",
+            "expected C3A_CUDA_PLANS to be a number from 1 to 1073741824, got '0'",
         ),
         ("C3A_CUDA_TEMPORARY_MIB", "1e3", "C3A_CUDA_TEMPORARY_MIB to be a number .* got '1e3'"),
     ],

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,6 +126,28 @@ def test_auto_takes_the_common_divisor_nearest_to_the_geometric_mean_over_rank(
         (["query"], "auto", {"rank": "8"}, ValueError, "number >= 1, got '8'"),
         (["query"], 6, {"scale": "x"}, TypeError, "expected scale to be a number, got str 'x'"),
         (["query"], "Auto", {}, ValueError, "a mapping from names to numbers, or 'auto', got"),
+        (["query"], [6], {}, TypeError, r"or 'auto', got \[6\]"),
+        (["query"], None, {}, TypeError, "expected block_size to be a number, .* got None"),
+        (["query"], 6.0, {}, ValueError, "expected block_size to be an integer >= 1, got 6.0"),
+        (["query"], True, {}, ValueError, "expected block_size to be an integer >= 1, got True"),
+        (["query"], 2**70, {}, ValueError, r"layers.0.query: block_size \d+ does not divide"),
+        (["query"], 24, {"pad": True}, ValueError, r"block_size <= 23, in_features \+ .* got 24"),
+        (["query"], 2**70, {"pad": True}, ValueError, "expected block_size <= 23, .* got 118059"),
+        (None, 6, {}, TypeError, "a predicate or 'all-linear', got None"),
+        (3, 6, {}, TypeError, "expected target_modules to be a list of names, .* got 3"),
+        ([0, 1], 6, {}, TypeError, "expected target_modules to hold names, got int 0"),
+        (re.compile(b"query"), 6, {}, TypeError, "a list of names, a regular .* got re.compile"),
+        (lambda n, m: m.bias[99], 6, {}, ValueError, "predicate .* failed for 'layers': Attribu"),
+        (["query"], 6, {"modules_to_save": None}, TypeError, "to be a list of names, got None"),
+        (["query"], 6, {"modules_to_save": [4]}, TypeError, "to hold names, got int 4"),
+        (
+            ["classifier"],
+            2,
+            {"modules_to_save": ["classifier"]},
+            ValueError,
+            r"all that target_modules \['classifier'\] matched is in modules_to_save "
+            r"\['classifier'\], and is trained whole",
+        ),
     ],
 )
 def test_failures_say_what_there_is_and_leave_the_model_as_it_was(
@@ -136,6 +159,105 @@ def test_failures_say_what_there_is_and_leave_the_model_as_it_was(
     with pytest.raises(error, match=message):
         c3a.patch_model(model, targets, block_size, **options)
     assert snapshot(model) == before
+
+
+def refusal(targets, block_size, **options):
+    with pytest.raises(ValueError, match=r"c3a\.patch_model: ") as caught:
+        c3a.patch_model(Model(), targets, block_size, **options)
+    return str(caught.value)
+
+
+def test_a_size_that_fits_all_but_the_head_tells_where_the_head_goes():
+    assert refusal("all-linear", 6) == (
+        "c3a.patch_model: classifier: block_size 6 does not divide in_features = 30 and "
+        "out_features = 2; these do: 1, 2 (or pass pad=True); if classifier is a new head, pass "
+        "modules_to_save=['classifier'], which trains it whole; block_size='auto' or a mapping "
+        "gives each layer a size of its own"
+    )
+    c3a.patch_model(Model(), "all-linear", 6, modules_to_save=["classifier"])
+    # neither for a layer in the middle, nor where the layer was asked for
+    said = refusal("all-linear", 4, modules_to_save=["classifier"])
+    assert "up: block_size 4 does not divide" in said
+    assert "modules_to_save" not in said
+    assert said.endswith("'auto' or a mapping gives each layer a size of its own")
+    assert "modules_to_save" not in refusal(["query", "classifier"], 6)
+    assert refusal(["query"], 5).endswith("(or pass pad=True)")
+
+
+def test_refusals_are_one_line_that_names_a_few_layers():
+    said = refusal("all-linear", 7)
+    assert [name for name in [*ALL, "classifier"] if f"{name}: " in said] == ALL[:3]
+    assert said.endswith("; and 3 more layers")
+    assert "\n" not in said
+
+
+def test_numpys_integers_are_block_sizes():
+    model = c3a.patch_model(Model(), ["query"], np.int8(6))
+    assert model.layers[0].query.block_size == 6
+    with pytest.raises(ValueError, match="block_size 100 does not divide in_features = 768"):
+        c3a.C3ALinear(nn.Linear(768, 768), np.int8(100))
+
+
+@pytest.mark.parametrize("kind", ["C3A", "Lora"])
+@pytest.mark.parametrize("arguments", [(), (6,)])
+def test_a_configuration_of_peft_is_told_what_to_pass(kind, arguments):
+    import peft
+
+    config = getattr(peft, f"{kind}Config")(target_modules=["query"])
+    size = {"C3A": "256", "Lora": "'auto'"}[kind]
+    said = (
+        f"got a {kind}Config of the PEFT library; pass what it holds: "
+        f"target_modules=config.target_modules, block_size={size}, "
+        r"modules_to_save=config.modules_to_save or \(\)$"
+    )
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=said):
+        c3a.patch_model(model, config, *arguments)
+    assert snapshot(model) == before
+    c3a.patch_model(
+        model, config.target_modules, "auto", modules_to_save=config.modules_to_save or ()
+    )
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_with_adapters_of_peft_is_told_to_take_them_out(wrapped):
+    import peft
+
+    model = Model()
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2))
+    before = snapshot(theirs)
+    said = r"\(.*layers\.0\.query is one of its layers\): .*model\.unload\(\) or model\.merge_and"
+    with pytest.raises(ValueError, match=said):
+        c3a.patch_model(theirs if wrapped else model, ["value"], 6)
+    assert snapshot(theirs) == before
+    model = theirs.unload()
+    assert adapted_names(c3a.patch_model(model, ["value"], 6)) == [
+        "layers.0.value",
+        "layers.1.value",
+    ]
+
+
+CALLS = {
+    "patch_model": lambda model, folder: c3a.patch_model(model, ["query"], 6),
+    "unpatch_model": lambda model, folder: c3a.unpatch_model(model),
+    "merge": lambda model, folder: c3a.merge(model),
+    "unmerge": lambda model, folder: c3a.unmerge(model),
+    "disabled": lambda model, folder: c3a.disabled(model).__enter__(),
+    "summary": lambda model, folder: c3a.summary(model),
+    "save_adapter": lambda model, folder: c3a.save_adapter(model, folder),
+    "load_adapter": lambda model, folder: c3a.load_adapter(model, folder),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("model", [None, "a/name", nn.Linear])
+def test_what_is_no_model_is_named(call, model, tmp_path):
+    kind = type(model).__name__
+    said = re.escape(f"expected the model to be a torch.nn.Module, got {kind} {model!r}")
+    with pytest.raises(TypeError, match=f"c3a: {said}$"):
+        CALLS[call](model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_patching_twice_is_an_error():

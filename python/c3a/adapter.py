@@ -34,11 +34,13 @@ from .patch import (
     PatchPlan,
     adapted_layers,
     apply_patch,
+    as_trained,
     modules_to_save,
+    peft_layer,
     plan_patch,
     unwrapped,
 )
-from .sizes import features, kernel_shape
+from .sizes import check_block_size, features, kernel_shape
 
 __all__ = [
     "CONFIG",
@@ -75,11 +77,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     Warns of what is trainable and not saved, and of layers that PEFT cannot adapt.
     """
     model, folder = unwrapped(model), Path(folder)
-    with said_by("c3a.save_adapter"):
+    with said_by("c3a.save_adapter"), as_trained(model):
         layers = adapted_layers(model)
         if not layers:
             raise ValueError("the model has no C3ALinear layer; patch it first")
-        if name := _peft_layer(model):
+        if name := peft_layer(model):
             raise ValueError(
                 f"the model holds the PEFT library's adapters ({name} is one of its layers), which "
                 "are not saved here: take them out with PEFT's model.unload() first"
@@ -133,7 +135,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     inner = unwrapped(model)
     with said_by("c3a.load_adapter"):
-        if name := _peft_layer(inner):
+        if name := peft_layer(inner):
             raise ValueError(
                 f"the model holds the PEFT library's adapters ({name} is one of its layers): load "
                 "another with PEFT's model.load_adapter(folder, name), or take them out with "
@@ -151,7 +153,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         apply_patch(inner, plan, dtype=reduce(torch.promote_types, dtypes), pad=True)
         layers = adapted_layers(inner)
     odd = []
-    with torch.no_grad():
+    with torch.no_grad(), as_trained(inner):
         for name, layer in layers.items():
             layer.c3a_kernel.copy_(_from_stored(adapter.tensors.pop(kernel_key(name)), layer))
             if not layer.c3a_kernel.isfinite().all():
@@ -166,12 +168,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             stacklevel=2,
         )
     return model
-
-
-def _peft_layer(model: nn.Module) -> str | None:
-    """Return the name of a layer that the PEFT library has put into a model."""
-    has = (name for name, part in model.named_modules() if hasattr(part, "adapter_layer_names"))
-    return next(has, None)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -374,6 +370,9 @@ def _plan_of(model: nn.Module, adapter: Adapter) -> PatchPlan:
             f"{source}: {words}: the adapter does not fit this model: {message}"
         ) from None
     sizes = _sizes_of(config, source, list(any_size.block_sizes))
+    for name, size in sizes.items():
+        with said_by(f"{source}: {name}"):
+            check_block_size(size, *features(model.get_submodule(name)), pad=True)
     return dataclasses.replace(any_size, block_sizes=sizes)
 
 

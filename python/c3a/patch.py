@@ -2,20 +2,24 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Real
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .linear import C3ALinear
-from .names import block_size_from_pattern, matches
+from .names import block_size_from_pattern, matches, shown
 from .sizes import auto_block_size, check_block_size, features
 
 Targets = str | re.Pattern | Iterable[str] | Callable[[str, nn.Module], bool]
 BlockSize = int | str | Mapping[str, int]
+_MOST_SAID = 3  # layers of a message
 
 
 @dataclass
@@ -24,17 +28,29 @@ class _Record:
 
     modules_to_save: tuple[str, ...]
     trainable_before: frozenset[str]
+    # The parameters and buffers of modules_to_save, by name: copies of what they were.
+    originals: dict[str, Tensor]
+    # While disabled, the trained ones.
+    set_aside: dict[str, Tensor] = field(default_factory=dict)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside ``torch.compile``'s and data parallelism's wrappers."""
+    """Return the model inside ``torch.compile``'s and data parallelism's wrappers.
+
+    Raises TypeError for what is no model.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        else:
+        elif isinstance(model, nn.Module):
             return model
+        else:
+            raise TypeError(
+                "c3a: expected the model to be a torch.nn.Module, got "
+                f"{type(model).__name__} {shown(model)}"
+            )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, C3ALinear]:
@@ -52,10 +68,16 @@ def modules_to_save(model: nn.Module) -> tuple[str, ...]:
     return record.modules_to_save if record else ()
 
 
+def peft_layer(model: nn.Module) -> str | None:
+    """Return the name of a layer that the PEFT library has put into a model."""
+    has = (name for name, part in model.named_modules() if hasattr(part, "adapter_layer_names"))
+    return next(has, None)
+
+
 def patch_model(
     model: nn.Module,
     target_modules: Targets,
-    block_size: BlockSize,
+    block_size: BlockSize | None = None,
     *,
     rank: int = 8,
     scale: float | None = None,
@@ -78,15 +100,22 @@ def patch_model(
         rank: for ``"auto"``, the LoRA rank one would use.
         scale, init, dtype, pad: as for ``C3ALinear``.
         modules_to_save: names (whole or the end of one) of modules that stay trainable and are
-            saved with the adapter, such as a new classifier.
+            saved with the adapter, such as a new classifier. A copy of what they hold now is kept,
+            for ``disabled`` and ``unpatch_model``: their memory once more.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: nothing matched, a size does not divide, or the model is patched already; the
-            message lists what there is. The model is then as it was.
-        TypeError: a target is not a linear layer.
+        ValueError: nothing matched, a size does not divide, the model is patched already or holds
+            the PEFT library's adapters; the message lists what there is. The model is then as it
+            was.
+        TypeError: a target is not a linear layer; an argument of another kind.
+
+    Warns of a head that ``from_pretrained`` of transformers (5 or newer) has made anew, as its
+    checkpoint held none, and that is not in ``modules_to_save``: it would never be trained. A head
+    that ``load_state_dict`` has filled since then cannot be told from a new one; of a model that
+    was not made by ``from_pretrained`` nothing is said.
     """
     inner = unwrapped(model)
     plan = plan_patch(
@@ -97,6 +126,13 @@ def patch_model(
         modules_to_save=modules_to_save,
         pad=pad,
     )
+    if new := _new_heads(inner, plan.modules_to_save):
+        warnings.warn(
+            f"c3a.patch_model: {', '.join(new)}: weights that the model's checkpoint did not hold "
+            "are random, and would stay so, for they are frozen; to train them and save them with "
+            f"the adapter, pass modules_to_save={[*plan.modules_to_save, *new]}",
+            stacklevel=2,
+        )
     apply_patch(inner, plan, scale=scale, init=init, dtype=dtype, pad=pad)
     return model
 
@@ -124,6 +160,12 @@ def plan_patch(
             f"c3a.patch_model: the model is itself a layer, a {type(model).__name__}; wrap it with "
             "c3a.C3ALinear(layer, block_size)"
         )
+    if name := peft_layer(model):
+        raise ValueError(
+            f"c3a.patch_model: the model holds the PEFT library's adapters ({name} is one of its "
+            "layers): take them out with PEFT's model.unload() or model.merge_and_unload() first, "
+            "and patch the model that it returns"
+        )
     if adapted_layers(model):
         raise ValueError(
             "c3a.patch_model: the model is patched already; call c3a.unpatch_model first"
@@ -132,31 +174,38 @@ def plan_patch(
     targets = _resolve_targets(model, target_modules, saved)
     if not isinstance(rank, Real) or not 1 <= rank < math.inf:
         raise ValueError(f"c3a.patch_model: expected rank to be a number >= 1, got {rank!r}")
-    if isinstance(block_size, str) and block_size != "auto":
-        raise ValueError(
-            "c3a.patch_model: expected block_size to be a number, a mapping from names to numbers, "
-            f"or 'auto', got {block_size!r}"
-        )
+    _check_kind(block_size)
     sizes: dict[str, int] = {}
-    problems = []
+    problems = {}
     for name, module in targets.items():
         in_features, out_features = features(module)
-        if block_size == "auto":
+        if isinstance(block_size, str):
             size = auto_block_size(in_features, out_features, rank)
         elif isinstance(block_size, Mapping):
             size = block_size_from_pattern(block_size, name)
             if size is None:
-                problems.append(f"{name}: no key of the mapping {dict(block_size)} matches")
+                problems[name] = f"no key of the mapping {dict(block_size)} matches"
                 continue
         else:
             size = block_size
         try:
             check_block_size(size, in_features, out_features, pad)
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            problems[name] = str(error)
         sizes[name] = size
     if problems:
-        raise ValueError("c3a.patch_model: " + "\n  ".join(problems))
+        said = [f"{name}: {problem}" for name, problem in problems.items()][:_MOST_SAID]
+        if more := len(problems) - len(said):
+            said.append(f"and {more} more layers")
+        if isinstance(block_size, Real) and len(problems) < len(targets):
+            last = [name for name, module in model.named_modules() if features(module)][-1]
+            if target_modules == "all-linear" and last in problems:
+                said.append(
+                    f"if {last} is a new head, pass modules_to_save={[*saved, last]}, which "
+                    "trains it whole"
+                )
+            said.append("block_size='auto' or a mapping gives each layer a size of its own")
+        raise ValueError("c3a.patch_model: " + "; ".join(said))
     return PatchPlan(sizes, saved)
 
 
@@ -173,6 +222,7 @@ def apply_patch(
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     wrapped: dict[int, C3ALinear] = {}
     try:
+        originals = _copies(model, plan.modules_to_save)
         for name, block_size in plan.block_sizes.items():
             base = model.get_submodule(name)
             wrapped[id(base)] = C3ALinear(
@@ -188,7 +238,7 @@ def apply_patch(
         layer.c3a_kernel.requires_grad_(True)
     for name in plan.modules_to_save:
         model.get_submodule(name).requires_grad_(True)
-    model._c3a_record = _Record(plan.modules_to_save, trainable)
+    model._c3a_record = _Record(plan.modules_to_save, trainable, originals)
     return model
 
 
@@ -197,8 +247,9 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
 
     Args:
         model: a patched model.
-        merge: add each adapter to its layer's weight first, and keep no copy of the original. By
-            default the weights are as before the patch, bit for bit.
+        merge: add each adapter to its layer's weight first, and keep no copy of the original;
+            ``modules_to_save`` stay as they are trained. By default everything is as before the
+            patch, bit for bit, in the same parameters and buffers.
         safe: with ``merge``, look whether the merged weights are finite.
 
     Returns:
@@ -206,11 +257,15 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
 
     Raises:
         TypeError, ValueError: ``merge`` and a base layer that cannot take the adapter, or ``safe``
-            and a weight that would not be finite; the model is then as it was.
+            and a weight that would not be finite; otherwise one of ``modules_to_save`` that has
+            other shapes now, or that accelerate has offloaded. The model is then as it was.
     """
+    outer, model = model, unwrapped(model)
+    records = _records(model)
     if merge:
         _merge_all(model, safe)
-    outer, model = model, unwrapped(model)
+    else:
+        _copy_back(list(chain.from_iterable(_pairs(*found) for found in records)))
     while layers := adapted_layers(model):
         inner = {}
         for layer in layers.values():
@@ -220,9 +275,10 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
                 layer.unmerge()
             inner[id(layer)] = layer.base_layer
         _replace_children(model, inner)
-    record = model.__dict__.pop("_c3a_record", None)
-    if record is not None:
-        _restore_requires_grad(model, record.trainable_before)
+    for part, record in records:
+        _show_trained(model, part, record)
+        del part._c3a_record
+        _restore_requires_grad(part, record.trainable_before)
     return outer
 
 
@@ -247,21 +303,140 @@ def unmerge(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block, the model computes what its base model does, merged or not.
 
+    ``modules_to_save`` are then what they were at the patch too, in the device and dtype that they
+    have now: other, frozen parameters and buffers stand in their places, also in a state dict.
+    (What had no values at the patch, on the meta device, stays as it is.)
+
+    Raises:
+        ValueError: one of ``modules_to_save`` has other shapes than at the patch, or accelerate has
+            offloaded it; nothing is changed then.
+
     >>> model = patch_model(nn.Sequential(nn.Linear(4, 4)), ["0"], 2, init="gaussian")
     >>> with disabled(model):
     ...     y = model(torch.ones(4))
     >>> torch.equal(y, unpatch_model(model)(torch.ones(4)))
     True
     """
-    layers = [module for module in model.modules() if isinstance(module, C3ALinear)]
+    inner = unwrapped(model)
+    layers = [module for module in inner.modules() if isinstance(module, C3ALinear)]
     states = [layer.enabled for layer in layers]
+    found = _records(inner)
+    heads = [(p, record) for p, record in found if record.originals and not record.set_aside]
     try:
+        for part, record in heads:
+            _uncompiled(_show_originals)(inner, part, record)
         for layer in layers:
             layer.enabled = False
         yield model
     finally:
         for layer, state in zip(layers, states, strict=True):
             layer.enabled = state
+        for part, record in heads:
+            _uncompiled(_show_trained)(inner, part, record)
+
+
+def _uncompiled(function: Callable) -> Callable:
+    """Keep the compiler, which makes no parameters, out of a function (without importing it)."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Within the block, ``modules_to_save`` are the trained ones, also in a ``disabled`` model."""
+    heads = [(part, record) for part, record in _records(model) if record.set_aside]
+    for part, record in heads:
+        _show_trained(model, part, record)
+    try:
+        yield
+    finally:
+        for part, record in heads:
+            _show_originals(model, part, record)
+
+
+def _records(model: nn.Module) -> list[tuple[nn.Module, _Record]]:
+    """Return the parts of a model that were patched, each with its record."""
+    found = ((part, vars(part).get("_c3a_record")) for part in model.modules())
+    return [(part, record) for part, record in found if record is not None]
+
+
+def _tensors(module: nn.Module, prefix: str = "", recurse: bool = True) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module, tied ones under each of their names."""
+    arguments = {"prefix": prefix, "recurse": recurse, "remove_duplicate": False}
+    return dict(chain(module.named_parameters(**arguments), module.named_buffers(**arguments)))
+
+
+def _copies(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copy the parameters and buffers of some modules, tied ones once."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= _tensors(model.get_submodule(name), name)
+    valued = {key: t for key, t in tensors.items() if not (t.is_meta or is_lazy(t))}
+    copies = {id(t): t.detach().clone() for t in {id(t): t for t in valued.values()}.values()}
+    return {key: copies[id(t)] for key, t in valued.items()}
+
+
+def _pairs(part: nn.Module, record: _Record) -> list[tuple[Tensor, Tensor]]:
+    """Return each trained tensor with what it was at the patch, in its device and dtype now."""
+    tensors = _tensors(part) | record.set_aside
+    pairs: dict[int, tuple[Tensor, Tensor]] = {}
+    for key, original in record.originals.items():
+        trained = tensors.get(key)
+        if trained is None or trained.shape != original.shape:
+            got = "none" if trained is None else f"one of shape {tuple(trained.shape)}"
+            raise ValueError(
+                f"c3a: {key} cannot be put back as it was at the patch: expected a tensor of "
+                f"shape {tuple(original.shape)}, got {got}"
+            )
+        if trained.is_meta and hasattr(part.get_submodule(key.rpartition(".")[0]), "_hf_hook"):
+            raise ValueError(
+                f"c3a: {key} cannot be put back as it was at the patch, since accelerate has "
+                "offloaded it: call accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
+        if id(trained) not in pairs:
+            pairs[id(trained)] = trained, original.to(trained.device, trained.dtype)
+    return list(pairs.values())
+
+
+@torch.no_grad()
+def _copy_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, original in pairs:
+        # What is as it was may not be writable: a buffer that is expanded, for instance.
+        if not tensor.is_meta and not torch.equal(tensor, original):
+            tensor.copy_(original)
+
+
+def _show_originals(model: nn.Module, part: nn.Module, record: _Record) -> None:
+    """Put what ``modules_to_save`` were in the place of what they are, wherever that stands."""
+    shown_instead = {
+        # A forward pass writes into buffers, and is not to write into the copies.
+        id(trained): nn.Parameter(original, requires_grad=False)
+        if isinstance(trained, nn.Parameter)
+        else original.clone()
+        for trained, original in _pairs(part, record)
+    }
+    tensors = _tensors(part)
+    record.set_aside = {key: tensors[key] for key in record.originals}
+    _replace_tensors(model, shown_instead)
+
+
+def _show_trained(model: nn.Module, part: nn.Module, record: _Record) -> None:
+    """Undo ``_show_originals``; what has moved or converted the model meanwhile counts."""
+    tensors, trained_instead = _tensors(part), {}
+    for key, trained in record.set_aside.items():
+        shown_now = tensors.get(key)
+        if shown_now is not None:
+            trained.data = trained.data.to(shown_now.device, shown_now.dtype)
+            trained_instead[id(shown_now)] = trained
+    _replace_tensors(model, trained_instead)
+    record.set_aside = {}
+
+
+def _replace_tensors(model: nn.Module, replacements: Mapping[int, Tensor]) -> None:
+    """Replace parameters and buffers, given by ``id``, wherever they stand in the model."""
+    for module in model.modules():
+        for name, tensor in _tensors(module, recurse=False).items():
+            if id(tensor) in replacements:
+                setattr(module, name, replacements[id(tensor)])
 
 
 def _replace_children(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
@@ -306,13 +481,59 @@ def _available(model: nn.Module) -> str:
     return f"linear layers of the model: {listed or 'none'}"
 
 
-def _resolve_modules_to_save(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(names, str):
+def _new_heads(model: nn.Module, saved: Iterable[str]) -> list[str]:
+    """Return the largest modules of a model with a head that have nothing but new weights.
+
+    ``from_pretrained`` of transformers marks the parameters that it read from the checkpoint.
+    """
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return []
+    outputs = _output_embeddings(model)  # resized ones are not marked
+    known = {
+        id(parameter)
+        for part in (outputs, *map(model.get_submodule, saved))
+        if part is not None
+        for parameter in part.parameters()
+    }
+    marked = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
+    found: list[str] = []
+    for name, module in model.named_modules() if marked else ():
+        within = any(name.startswith(f"{outer}.") for outer in found)
+        ids = {id(parameter) for parameter in module.parameters()}
+        if ids and not within and ids.isdisjoint(marked | known):
+            found.append(name)
+    return found
+
+
+def _check_kind(block_size: object) -> None:
+    if isinstance(block_size, Real | Mapping) or (
+        isinstance(block_size, str) and block_size == "auto"
+    ):
+        return
+    error = ValueError if isinstance(block_size, str) else TypeError
+    raise error(
+        "c3a.patch_model: expected block_size to be a number, a mapping from names to numbers, "
+        f"or 'auto', got {shown(block_size)}"
+    )
+
+
+def _names(argument: str, kinds: str, names: object) -> list[str]:
+    """Return a list of names, or raise TypeError."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"c3a.patch_model: expected {argument} to be {kinds}, got {shown(names)}")
+    names = list(names)
+    if wrong := [name for name in names if not isinstance(name, str)]:
         raise TypeError(
-            f"c3a.patch_model: expected modules_to_save to be a list of names, got {names!r}"
+            f"c3a.patch_model: expected {argument} to hold names, got {type(wrong[0]).__name__} "
+            f"{shown(wrong[0])}"
         )
+    return names
+
+
+def _resolve_modules_to_save(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     resolved = []
-    for wanted in names:
+    for wanted in _names("modules_to_save", "a list of names", names):
         found = [name for name, _ in model.named_modules() if name and matches([wanted], name)]
         if not found:
             children = ", ".join(name for name, _ in model.named_children())
@@ -328,9 +549,9 @@ def _resolve_targets(
     model: nn.Module, targets: Targets, saved: tuple[str, ...]
 ) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if name}
-    if isinstance(targets, re.Pattern):
-        pattern = targets
-        chosen = [name for name in modules if pattern.fullmatch(name)]
+    kinds = "a list of names, a regular expression, a predicate or 'all-linear'"
+    if isinstance(targets, re.Pattern) and isinstance(targets.pattern, str):
+        chosen = [name for name in modules if targets.fullmatch(name)]
     elif isinstance(targets, str) and targets == "all-linear":
         outputs = _output_embeddings(model)
         chosen = [
@@ -341,9 +562,17 @@ def _resolve_targets(
     elif isinstance(targets, str):
         chosen = [name for name in modules if matches(targets, name)]
     elif callable(targets):
-        chosen = [name for name, module in modules.items() if targets(name, module)]
+        chosen = [name for name, module in modules.items() if _says_yes(targets, name, module)]
+    elif hasattr(targets, "peft_type"):
+        raise TypeError(
+            f"c3a.patch_model: expected target_modules to be {kinds}, got a "
+            f"{type(targets).__name__} of the PEFT library; pass what it holds: "
+            "target_modules=config.target_modules, "
+            f"block_size={getattr(targets, 'block_size', 'auto')!r}, "
+            "modules_to_save=config.modules_to_save or ()"
+        )
     else:
-        targets = list(targets)
+        targets = _names("target_modules", kinds, targets)
         missing = [t for t in targets if not any(matches([t], name) for name in modules)]
         if missing:
             raise ValueError(
@@ -351,7 +580,13 @@ def _resolve_targets(
                 + _available(model)
             )
         chosen = [name for name in modules if matches(targets, name)]
-    chosen = [n for n in chosen if not any(n == s or n.startswith(f"{s}.") for s in saved)]
+    matched = chosen
+    chosen = [n for n in matched if not any(n == s or n.startswith(f"{s}.") for s in saved)]
+    if matched and not chosen:
+        raise ValueError(
+            f"c3a.patch_model: all that target_modules {targets!r} matched is in modules_to_save "
+            f"{list(saved)}, and is trained whole instead of adapted; {_available(model)}"
+        )
     if not chosen:
         hint = (
             "; a string is a regular expression for whole names: for the ends of names pass a list"
@@ -367,6 +602,16 @@ def _resolve_targets(
                 f"features; {_available(model)}"
             )
     return {name: modules[name] for name in chosen}
+
+
+def _says_yes(predicate: Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
+    try:
+        return bool(predicate(name, module))
+    except Exception as error:
+        raise ValueError(
+            f"c3a.patch_model: the predicate target_modules failed for {name!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _is_innermost_linear(module: nn.Module) -> bool:

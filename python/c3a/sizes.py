@@ -40,6 +40,12 @@ def check_block_size(block_size: int, in_features: int, out_features: int, pad: 
     """Raise ValueError, with the sizes that would do, unless ``block_size`` fits the layer."""
     if not isinstance(block_size, Integral) or isinstance(block_size, bool) or block_size < 1:
         raise ValueError(f"expected block_size to be an integer >= 1, got {block_size!r}")
+    # A matrix has no more diagonals: what a kernel holds beyond them would have no effect.
+    block_size, most = int(block_size), in_features + out_features - 1
+    if pad and block_size > most:
+        raise ValueError(
+            f"expected block_size <= {most}, in_features + out_features - 1, got {block_size}"
+        )
     if not pad and (in_features % block_size or out_features % block_size):
         fits = ", ".join(str(b) for b in common_divisors(in_features, out_features))
         raise ValueError(
