@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     length = min(64, len(ids) // 10)
     windows = ids[: len(ids) // length * length].view(-1, length)
     examples = [{"input_ids": row, "labels": row} for row in windows]
-    held_out, examples = examples[:32], examples[32:]
+    held_out = min(32, len(examples) // 5)
+    held_out, examples = examples[:held_out], examples[held_out:]
 
     model = base_model(options.model)
     c3a.patch_model(model, "all-linear", block_size="auto", rank=8)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+
+from tiny_model import write_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -40,6 +43,22 @@ def test_the_language_model_learns_and_its_adapter_comes_back(tmp_path, capsys):
     before, after = run("causal_lm", "--output", str(tmp_path / "adapter"))
     assert after < before - 1
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert "logits differ by 0.0e+00" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(torch|transformers|accelerate)")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_language_model_may_be_a_folder(tmp_path, capsys):
+    model, text = write_model(tmp_path / "model"), tmp_path / "text.txt"  # for its tokenizer
+    sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 64}
+    config = transformers.LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(model)
+    text.write_text("the film was good it was great a film it was bad the film was poor " * 100)
+    output = tmp_path / "adapter"
+    before, after = run(
+        "causal_lm", "--model", str(model), "--text", str(text), "--output", str(output)
+    )
+    assert after < before
     assert "logits differ by 0.0e+00" in capsys.readouterr().out
 
 
