@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import c3a
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -110,3 +112,21 @@ def test_the_messages_of_the_troubleshooting_page_are_the_codes():
         )
     ]
     assert missing == []
+
+
+def test_the_drawn_matrix_is_the_circulant(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(DOCS)
+    import drawings
+
+    drawings.write(tmp_path)
+    root, _ = (
+        ElementTree.parse(tmp_path / f"{name}.html").getroot() for name in ("matrix", "flow")
+    )
+    cells = [
+        (float(text.get("y")), float(text.get("x")), int(text[0].text))
+        for text in root.iter(f"{SVG}text")
+        if len(text)
+    ]
+    numbers = torch.tensor([number for _, _, number in sorted(cells)])
+    w = torch.arange(drawings.B).expand(drawings.M, drawings.N, drawings.B)
+    assert torch.equal(numbers.view(drawings.M * drawings.B, -1), c3a.circulant(w))
