@@ -17,6 +17,7 @@ from .ops import (
     prepare,
 )
 from .patch import disabled, merge, patch_model, unmerge, unpatch_model
+from .pretrained import load_pretrained
 from .reference import circulant
 from .summary import summary
 
@@ -31,6 +32,7 @@ __all__ = [
     "circulant",
     "disabled",
     "load_adapter",
+    "load_pretrained",
     "merge",
     "patch_model",
     "prepare",

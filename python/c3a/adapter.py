@@ -83,36 +83,67 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     """
     model, folder = unwrapped(model), Path(folder)
     with said_by("c3a.save_adapter"), as_trained(model):
-        layers = adapted_layers(model)
-        if not layers:
-            raise ValueError("the model has no C3ALinear layer; patch it first")
-        if name := peft_layer(model):
-            raise ValueError(
-                f"the model holds the PEFT library's adapters ({name} is one of its layers), which "
-                "are not saved here: take them out with PEFT's model.unload() first"
-            )
-        nested = [
-            name
-            for name, layer in layers.items()
-            if any(isinstance(part, C3ALinear) for part in layer.base_layer.modules())
-        ]
-        if nested:
-            raise ValueError(f"the format holds one adapter a layer; {nested[0]} has several")
-        saved = modules_to_save(model)
-        # Copies: safetensors takes no memory that two tensors share.
-        tensors: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            with _onloaded(name, [layer], lambda layer=layer: [layer.c3a_kernel]):
-                tensors[kernel_key(name)] = _to_stored(name, layer).cpu().contiguous().clone()
-        for name in saved:
-            module = model.get_submodule(name)
-            with _onloaded(name, module.modules(), lambda module=module: _state(module).values()):
-                for key, tensor in _state(module).items():
-                    tensors[f"{PREFIX}{name}.{key}"] = tensor.cpu().contiguous().clone()
-        config = _config_of(model, layers, saved, task_type)
-    _warn_of_what_is_left_out(model, layers, tensors)
+        tensors, config = adapter_of(model, task_type)
+    _warn_of_what_is_left_out(model, tensors)
+    warn_of_what_peft_cannot_load(
+        "c3a.save_adapter: c3a.load_adapter can load this adapter into such a model, the PEFT "
+        "library cannot",
+        adapted_layers(model),
+    )
     write(folder, tensors, config)
     return folder
+
+
+def adapter_of(
+    model: nn.Module, task_type: str | None, state: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors and the configuration of a patched model's adapter, as they are stored.
+
+    Args:
+        model, task_type: as for ``save_adapter``, without wrappers.
+        state: where it has a tensor of the model's (and its values), that one counts.
+
+    Raises ValueError as ``save_adapter``.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("the model has no C3ALinear layer; patch it first")
+    if name := peft_layer(model):
+        raise ValueError(
+            f"the model holds the PEFT library's adapters ({name} is one of its layers), which "
+            "are not saved here: take them out with PEFT's model.unload() first"
+        )
+    nested = [
+        name
+        for name, layer in layers.items()
+        if any(isinstance(part, C3ALinear) for part in layer.base_layer.modules())
+    ]
+    if nested:
+        raise ValueError(f"the format holds one adapter a layer; {nested[0]} has several")
+    saved = modules_to_save(model)
+    given = {key: t for key, t in (state or {}).items() if _has_values(t)}
+    # Copies: safetensors takes no memory that two tensors share.
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        kernel = given.get(f"{name}.c3a_kernel")
+        if kernel is None:
+            kernel = kernel_of(name, layer)
+        tensors[kernel_key(name)] = _to_stored(name, layer, kernel).cpu().contiguous().clone()
+    for name in saved:
+        module = model.get_submodule(name)
+        with _onloaded(name, module.modules(), lambda module=module: _state(module).values()):
+            for key, tensor in _state(module).items():
+                key = f"{name}.{key}"
+                tensors[f"{PREFIX}{key}"] = (
+                    given.get(key, tensor).detach().cpu().contiguous().clone()
+                )
+    return tensors, _config_of(model, layers, saved, task_type)
+
+
+def kernel_of(name: str, layer: C3ALinear) -> Tensor:
+    """Return a layer's kernel, from where accelerate has put it if it is offloaded."""
+    with _onloaded(name, [layer], lambda: [layer.c3a_kernel]):
+        return layer.c3a_kernel.detach()
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -152,7 +183,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             raise ValueError(
                 f"the model holds the PEFT library's adapters ({name} is one of its layers): load "
                 "another with PEFT's model.load_adapter(folder, name), or take them out with "
-                "PEFT's model.unload() and load into the model that it returns"
+                "PEFT's model.unload() and load into the model that it returns; where "
+                "from_pretrained found them beside the model, use c3a.load_pretrained instead"
             )
         adapter = read(Path(folder))
         layers = adapted_layers(inner)
@@ -187,6 +219,10 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return {key: t.detach() for key, t in module.state_dict().items() if isinstance(t, Tensor)}
 
 
+def _has_values(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta
+
+
 @contextmanager
 def _onloaded(name: str, parts: Iterable[nn.Module], tensors) -> Iterator[None]:
     """Within the block, what accelerate has offloaded from some modules has its values."""
@@ -205,8 +241,8 @@ def _onloaded(name: str, parts: Iterable[nn.Module], tensors) -> Iterator[None]:
         yield
 
 
-def _to_stored(name: str, layer: C3ALinear) -> Tensor:
-    kernel = layer.c3a_kernel.detach()
+def _to_stored(name: str, layer: C3ALinear, kernel: Tensor) -> Tensor:
+    kernel = kernel.detach()
     if layer.scale == 1 / layer.in_features:
         return kernel
     # A kernel of 16 bits has no room for the factor.
@@ -226,9 +262,7 @@ def _from_stored(stored: Tensor, layer: C3ALinear) -> Tensor:
     return stored.double() / (layer.scale * layer.in_features)
 
 
-def _warn_of_what_is_left_out(
-    model: nn.Module, layers: Mapping[str, C3ALinear], tensors: Collection[str]
-) -> None:
+def _warn_of_what_is_left_out(model: nn.Module, tensors: Collection[str]) -> None:
     left_out = [
         name
         for name, parameter in model.named_parameters()
@@ -240,6 +274,10 @@ def _warn_of_what_is_left_out(
             "in modules_to_save",
             stacklevel=3,
         )
+
+
+def warn_of_what_peft_cannot_load(consequence: str, layers: Mapping[str, C3ALinear]) -> None:
+    """Warn the caller's caller of a consequence, with the layers it is due to, if there are any."""
     padded = [
         name
         for name, layer in layers.items()
@@ -253,11 +291,7 @@ def _warn_of_what_is_left_out(
     reasons = [f"it does not pad: {_some(padded)}"] if padded else []
     reasons += [f"it adapts torch.nn.Linear only: {_some(other)}"] if other else []
     if reasons:
-        warnings.warn(
-            "c3a.save_adapter: c3a.load_adapter can load this adapter into such a model, the PEFT "
-            f"library cannot; {'; '.join(reasons)}",
-            stacklevel=3,
-        )
+        warnings.warn(f"{consequence}; {'; '.join(reasons)}", stacklevel=3)
 
 
 def _some(names: Collection[str]) -> str:

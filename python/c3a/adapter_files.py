@@ -17,12 +17,13 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import replacing
+from .files import replacing_in
 from .names import shown
 from .shapes import SUPPORTED_DTYPES
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+FILES = (WEIGHTS, CONFIG)  # in the order in which they take their places
 PREFIX = "base_model.model."
 _WITHIN = "c3a_config"
 _REPLACED = "c3a_replaced"
@@ -126,15 +127,20 @@ def kernel_key(layer: str) -> str:
 
 def write(folder: Path, tensors: dict[str, Tensor], config: Mapping) -> None:
     """Write both files: as one step for ``read_adapter``, each as one step for others."""
+    with replacing_in(folder, last=FILES) as fresh:
+        prepare(fresh, folder, tensors, config)
+
+
+def prepare(fresh: Path, folder: Path, tensors: dict[str, Tensor], config: Mapping) -> None:
+    """Write both files into a folder from which they will take their places in ``folder``."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with replacing(folder / WEIGHTS, folder / CONFIG) as (weights, configuration):
-        configuration.write_text(text, encoding="utf-8")
-        replaced = _bytes_of(folder / CONFIG)
-        metadata = {"format": "pt", _WITHIN: text, _REPLACED: _digest(replaced)}
-        try:
-            save_file(tensors, weights, metadata=metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from None
+    (fresh / CONFIG).write_text(text, encoding="utf-8")
+    replaced = _bytes_of(folder / CONFIG)
+    metadata = {"format": "pt", _WITHIN: text, _REPLACED: _digest(replaced)}
+    try:
+        save_file(tensors, fresh / WEIGHTS, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from None
 
 
 def read(folder: Path) -> Adapter:

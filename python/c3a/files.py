@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,22 +22,38 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     replaced the first ones only, and leaves a private folder, which the next one removes.
     """
     (folder,) = {path.parent for path in paths}
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        if path.is_dir():
-            raise IsADirectoryError(f"expected {path} to be a file or new, it is a folder")
-    with _private_folder(folder) as private:
-        fresh = private / _FRESH
-        fresh.mkdir()
+    with replacing_in(folder, last=[path.name for path in paths]) as fresh:
         temporary = tuple(fresh / path.name for path in paths)
         for file in temporary:
             file.touch()
-        mode = temporary[0].stat().st_mode
         yield temporary
-        for file in temporary:
-            file.chmod(mode)  # that of the umask, which some writers leave aside
+
+
+@contextmanager
+def replacing_in(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
+    """Give a new folder; on success what is in it takes the places of the same names in ``folder``.
+
+    As ``replacing``, for names that are not known before. Those of ``last`` come last, in order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / name for name in last):
+        if path.is_dir():
+            raise IsADirectoryError(f"expected {path} to be a file or new, it is a folder")
+    order = {name: place for place, name in enumerate(last)}
+    with _private_folder(folder) as private:
+        fresh = private / _FRESH
+        fresh.mkdir()
+        probe = fresh / _FRESH
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        yield fresh
+        written = sorted(fresh.iterdir(), key=lambda path: (order.get(path.name, -1), path.name))
+        for path in written:
+            if path.is_file():
+                path.chmod(mode)  # that of the umask, which some writers leave aside
         _flush_all(fresh)
-        _replace_all(list(zip(temporary, paths, strict=True)), private / _OLD)
+        _replace_all([(path, folder / path.name) for path in written], private / _OLD)
 
 
 def check_free(folder: Path, marker: str | None = None) -> None:

@@ -136,6 +136,7 @@ class C3ALinear(nn.Module):
         self.reset_parameters()
         self.train(base_layer.training)
         self.register_state_dict_post_hook(_state_dict_unmerged)
+        self.register_load_state_dict_pre_hook(_take_base_names)
         self.register_load_state_dict_pre_hook(_unmerge_to_load)
         self.register_load_state_dict_post_hook(_merge_after_load)
 
@@ -426,6 +427,15 @@ def _device_of(base_layer: nn.Module) -> torch.device | None:
 def _state_dict_unmerged(layer: C3ALinear, state_dict: dict, prefix: str, _metadata) -> None:
     if layer.merged and layer.enabled:
         state_dict[f"{prefix}base_layer.weight"] = layer._set_aside[0].detach()
+
+
+def _take_base_names(_layer: C3ALinear, state_dict: dict, prefix: str, *_) -> None:
+    """Let a checkpoint of the model without adapters fit: its names have no ``base_layer``."""
+    own, inner = f"{prefix}c3a_kernel", f"{prefix}base_layer."
+    names = [name for name in state_dict if name.startswith(prefix) and name != own]
+    if not any(name.startswith(inner) for name in names):
+        for name in names:
+            state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)
 
 
 def _unmerge_to_load(layer: C3ALinear, *_) -> None:

@@ -225,6 +225,8 @@ def apply_patch(
     pad: bool = False,
 ) -> nn.Module:
     """Carry out a plan: all layers are made before the first one is put in place."""
+    from . import pretrained  # which saves adapters, for which it needs this module
+
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     wrapped: dict[int, C3ALinear] = {}
     try:
@@ -245,6 +247,7 @@ def apply_patch(
     for name in plan.modules_to_save:
         model.get_submodule(name).requires_grad_(True)
     model._c3a_record = _Record(plan.modules_to_save, trainable, originals)
+    pretrained.take_over(model)
     return model
 
 
@@ -273,6 +276,8 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
       (0): Linear(in_features=8, out_features=8, bias=True)
     )
     """
+    from . import pretrained
+
     outer, model = model, unwrapped(model)
     records = _records(model)
     if merge:
@@ -288,6 +293,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False, safe: bool = True) -
                 layer.unmerge()
             inner[id(layer)] = layer.base_layer
         _replace_children(model, inner)
+    pretrained.give_back(model)
     for part, record in records:
         _show_trained(model, part, record)
         del part._c3a_record
