@@ -82,6 +82,8 @@ def test_the_cpp_program_calls_the_operator_without_python(tmp_path):
         pytest.skip(f"needs {', '.join(tool for tool, found in tools.items() if not found)}")
     if not Path(torch.utils.cmake_prefix_path, "Torch", "TorchConfig.cmake").exists():
         pytest.skip("this torch has no headers and libraries for CMake")
+    if torch.version.cuda and not shutil.which("nvcc", path=path):
+        pytest.skip("the CMake files of a CUDA torch ask for CUDA's toolkit")
     from c3a._library import _libraries
 
     where = ["-S", EXAMPLES / "cpp", "-B", tmp_path]

@@ -50,6 +50,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     data = ["--data", "reviews.csv", "--text-column", "review", "--label-column", "verdict"]
     ran = []
     for line in "".join(blocks("bash")).splitlines():
+        line = re.sub(r"^(\w+=\S+ )+", "", line)  # variables for the one command
         if any(line.startswith(command) for command in NOT_RUN):
             continue
         program, *arguments = shlex.split(line, comments=True)
