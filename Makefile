@@ -64,8 +64,9 @@ test: $(PY)
 	$(MAKE) lint
 	$(PY) -m pytest
 
-# Files and the command line do not depend on the level.
-ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore tests/test_adapter.py
+# Files, the command line and documents do not depend on the level.
+ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore tests/test_adapter.py \
+	--ignore tests/test_docs.py --ignore tests/test_examples.py --ignore tests/test_readme.py
 
 levels:
 	C3A_CPU_LEVEL=x86-64-v3 $(PY) -m pytest $(ANY_LEVEL)
