@@ -6,8 +6,9 @@ TORCH ?= torch==2.13.0
 VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 OUTPUT ?= runs/rotten_tomatoes
 
-SOURCES := bench build_support python tests
-CPP := build_support/*.cpp cpp/*.h cpp/*.cpp cuda/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
+SOURCES := bench build_support docs examples python tests
+CPP := build_support/*.cpp cpp/*.h cpp/*.cpp cuda/* examples/cpp/*.cpp tests/cuda_emulation/*.h \
+	tests/cuda_emulation/*.cpp
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -31,7 +32,7 @@ CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda
 CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
 .PHONY: help finetune test levels fuzz sanitize emulated mutants emulated-torch torches aarch64 lint \
-	format bench cuda gpu wheel wheel-test wheel-twice
+	format bench docs cuda gpu wheel wheel-test wheel-twice
 
 help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
@@ -48,6 +49,7 @@ help:
 	@echo "make wheel-test      install it without a compiler in a new environment, and test it there"
 	@echo "make wheel-twice     build it in two folders: are the bytes the same?"
 	@echo "make bench      set up, then time the operator against its peers"
+	@echo "make docs       set up, then build the documentation into build/docs"
 	@echo "make cuda       rebuild with the CUDA library and look at its machine code (needs nvcc 13)"
 	@echo "make gpu        on a machine with a GPU, nvcc 13 and a CUDA torch: everything, into a report"
 	@echo "make format     format the sources"
@@ -66,9 +68,10 @@ test: $(PY)
 	$(MAKE) lint
 	$(PY) -m pytest
 
-# Files, types and the command line do not depend on the level.
+# Files, types, documents and the command line do not depend on the level.
 ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore-glob "*types*" \
-	--ignore tests/test_adapter.py
+	--ignore tests/test_adapter.py --ignore tests/test_docs.py --ignore tests/test_examples.py \
+	--ignore tests/test_readme.py
 
 levels:
 	C3A_CPU_LEVEL=x86-64-v3 $(PY) -m pytest $(ANY_LEVEL)
@@ -211,6 +214,13 @@ bench: $(PY)
 	$(INSTALL) $(TORCH)
 	$(INSTALL) '.[bench]'
 	$(PY) bench/bench.py --plot bench/speed.png --json bench/speed.json
+
+# Every name and link within must resolve; nothing asks the network.
+docs: $(PY)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) '.[docs]'
+	$(PY) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 # Compiling needs no GPU and no CUDA build of torch.
 cuda: $(PY)
