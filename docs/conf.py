@@ -29,6 +29,8 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_use_rtype = False
+# A variable of types, for "the same kind of model": it has no place of its own.
+nitpick_ignore = [("py:class", "c3a.patch.Model")]
 copybutton_prompt_text = ">>> "
 html_theme = "furo"
 html_static_path = ["site.css"]
