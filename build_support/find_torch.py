@@ -25,15 +25,20 @@ def _ancestors() -> Iterator[Path]:
     pid = os.getpid()
     while pid > 1:
         folder = Path("/proc", str(pid))
+        try:
+            status = (folder / "status").read_text()
+        except OSError:  # hidden, or a system without /proc
+            return
         yield folder
-        pid = int(re.search(r"^PPid:\s*(\d+)", (folder / "status").read_text(), re.M)[1])
+        pid = int(re.search(r"^PPid:\s*(\d+)", status, re.M)[1])
 
 
 def _named_by(process: Path) -> Iterator[Path]:
     """Yield what may be environments or interpreters, of what a process was given."""
     there = Path(os.readlink(process / "cwd"))
     for word in (process / "cmdline").read_text(errors="replace").split("\0"):
-        yield there / word.rpartition("=")[2]  # /venv/bin/python, --python=/venv
+        if word:
+            yield there / word.rpartition("=")[2]  # /venv/bin/python, --python=/venv
     variables = dict(
         line.partition("=")[::2]
         for line in (process / "environ").read_text(errors="replace").split("\0")
@@ -51,9 +56,12 @@ def _interpreters() -> Iterator[str]:
     for process in _ancestors():
         try:
             for named in _named_by(process):
-                python = named if named.name.startswith("python") else named / "bin" / "python"
-                if os.access(python, os.X_OK) and python.is_file():
-                    yield str(python)
+                is_python = re.fullmatch(r"python[\d.]*", named.name)
+                for python in (
+                    (named, named / "bin/python") if is_python else (named / "bin/python",)
+                ):
+                    if os.access(python, os.X_OK) and python.is_file():
+                        yield str(python)
         except OSError:  # another user's process, or one that has ended
             continue
     yield str(Path(sys.base_prefix, "bin", "python3"))

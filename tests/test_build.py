@@ -167,6 +167,16 @@ def test_the_torch_of_this_interpreter_comes_first(environment, monkeypatch):
     assert find_torch.torch_root() == str(Path(torch.__file__).parent)
 
 
+def test_a_system_that_hides_its_processes_is_searched_as_far_as_it_goes(monkeypatch):
+    def hidden(*_args, **_kwargs):
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", hidden)
+        found = list(find_torch._interpreters())
+    assert found == [sys.executable, str(Path(sys.base_prefix, "bin", "python3"))]
+
+
 def test_torch_is_a_requirement_of_the_build_only_where_none_is_found(monkeypatch, capsys):
     monkeypatch.delenv("C3A_TORCH_ROOT", raising=False)
     monkeypatch.setattr(find_torch, "torch_root", lambda: "/somewhere/torch")
