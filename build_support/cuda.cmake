@@ -3,9 +3,19 @@
 set(C3A_CUDA_FACTS "")
 set(_want_cuda OFF)
 if(NOT C3A_CUDA STREQUAL "OFF")
-  include(CheckLanguage)
-  check_language(CUDA)
   include(build_support/cufft.cmake)
+  # nvcc comes with the toolkit, or as the wheel nvidia-cuda-nvcc beside torch's own CUDA libraries.
+  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+    find_program(C3A_NVCC nvcc
+      HINTS "${C3A_TORCH_ROOT}/../nvidia/cu13/bin" PATHS /usr/local/cuda/bin)
+    if(C3A_NVCC)
+      set(CMAKE_CUDA_COMPILER "${C3A_NVCC}")
+      # The wheel's nvcc does not look for the libraries that CMake tries it with where they are.
+      cmake_path(GET C3A_NVCC PARENT_PATH _nvcc_folder)
+      set(ENV{LIBRARY_PATH} "${_nvcc_folder}/../lib:$ENV{LIBRARY_PATH}")
+    endif()
+  endif()
+  check_language(CUDA)
   set(_nvcc_version "none")
   if(CMAKE_CUDA_COMPILER)
     execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE _nvcc_version)
@@ -13,10 +23,16 @@ if(NOT C3A_CUDA STREQUAL "OFF")
   endif()
   if(_nvcc_version MATCHES "^13\\." AND C3A_CUFFT_INCLUDE)
     set(_want_cuda ON)
-  elseif(C3A_CUDA STREQUAL "ON")
-    message(FATAL_ERROR
-      "C3A_CUDA=ON needs nvcc 13 and cufft.h; found nvcc: ${_nvcc_version}, "
-      "cufft.h: ${C3A_CUFFT_INCLUDE}")
+  else()
+    set(_lacks
+      "needs nvcc 13 and cufft.h; found nvcc: ${_nvcc_version}, cufft.h: ${C3A_CUFFT_INCLUDE}")
+    if(C3A_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "C3A_CUDA=ON ${_lacks}")
+    elseif(EXISTS "${C3A_TORCH_ROOT}/lib/libtorch_cuda.so")
+      message(WARNING
+        "this torch has CUDA, but c3a is built without: its CUDA library ${_lacks}. On a GPU it will "
+        "be several times slower. README, \"CUDA\", has the commands")
+    endif()
   endif()
 endif()
 message(STATUS "CUDA library: ${_want_cuda}")
@@ -42,10 +58,14 @@ if(_want_cuda)
   string(REPLACE ";" " " _architectures "${CMAKE_CUDA_ARCHITECTURES}")
   target_compile_definitions(c3a_cuda13 PRIVATE
     USE_CUDA C3A_CUDA_ARCHITECTURES="${_architectures}")
+  list(JOIN C3A_WARNINGS "," _nvcc_warnings)
+  set(_nvcc_warnings "-Xcompiler=${_nvcc_warnings}")
+  if(C3A_WERROR)
+    list(APPEND _nvcc_warnings -Werror=all-warnings)
+  endif()
   target_compile_options(c3a_cuda13 PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all -Werror=all-warnings
-      -Xcompiler=-Wall,-Wextra,-Werror>
-    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror>)
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all ${_nvcc_warnings}>
+    $<$<COMPILE_LANGUAGE:CXX>:${C3A_WARNINGS}>)
   # The cuFFT wheel's headers lie beside a copy of the runtime's: after nvcc's own.
   target_include_directories(c3a_cuda13 SYSTEM PRIVATE
     ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} "${C3A_CUFFT_INCLUDE}")

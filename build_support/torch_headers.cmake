@@ -2,28 +2,36 @@
 # find_package(Torch), no import of torch, no Python in the libraries; one binary for every torch
 # from the target on.
 
-set(C3A_TORCH_TARGET 0x020a000000000000ULL) # 2.10
+set(C3A_TORCH_TARGET_TEXT 2.10)
+set(C3A_TORCH_TARGET 0x020a000000000000ULL)
 
-# pip's build isolation hides the host's packages by PYTHONPATH and PYTHONHOME alone: look as given,
-# then behind them.
-set(_find_torch "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')")
 if(NOT C3A_TORCH_ROOT)
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" -c "${_find_torch}"
-    OUTPUT_VARIABLE C3A_TORCH_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE)
+  set(C3A_TORCH_ROOT "$ENV{C3A_TORCH_ROOT}")
 endif()
 if(NOT C3A_TORCH_ROOT)
   execute_process(
-    COMMAND "${CMAKE_COMMAND}" -E env --unset=PYTHONPATH --unset=PYTHONHOME
-            "${Python_EXECUTABLE}" -c "${_find_torch}"
+    COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/find_torch.py"
     OUTPUT_VARIABLE C3A_TORCH_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE)
 endif()
-if(NOT EXISTS "${C3A_TORCH_ROOT}/include/torch/csrc/stable/library.h")
+
+# The header that states the version is as old as the target.
+set(_torch_version "none")
+if(EXISTS "${C3A_TORCH_ROOT}/include/torch/headeronly/version.h")
+  file(STRINGS "${C3A_TORCH_ROOT}/include/torch/headeronly/version.h" _torch_version
+    REGEX "define TORCH_VERSION_(MAJOR|MINOR) ")
+  string(REGEX REPLACE "[^0-9]*([0-9]+)[^0-9]*([0-9]+).*" "\\1.\\2" _torch_version "${_torch_version}")
+elseif(EXISTS "${C3A_TORCH_ROOT}/version.py")
+  file(STRINGS "${C3A_TORCH_ROOT}/version.py" _torch_version REGEX "^__version__ = ")
+  string(REGEX REPLACE ".*['\"](.*)['\"].*" "\\1" _torch_version "${_torch_version}")
+endif()
+if(_torch_version VERSION_LESS C3A_TORCH_TARGET_TEXT
+   OR NOT EXISTS "${C3A_TORCH_ROOT}/include/torch/csrc/stable/library.h")
   message(FATAL_ERROR
-    "c3a needs the headers of torch >= 2.10, found none in '${C3A_TORCH_ROOT}': install torch first, "
-    "or point C3A_TORCH_ROOT at a torch package")
+    "c3a needs the headers of torch ${C3A_TORCH_TARGET_TEXT} or newer, found torch: "
+    "${_torch_version}, in '${C3A_TORCH_ROOT}': pip install 'torch>=${C3A_TORCH_TARGET_TEXT}' first, "
+    "then build with --no-build-isolation, or set C3A_TORCH_ROOT to an installed torch's folder")
 endif()
-message(STATUS "torch headers: ${C3A_TORCH_ROOT}")
+message(STATUS "torch headers: ${_torch_version}, ${C3A_TORCH_ROOT}")
 
 # A stand-in that carries only the SONAME. The process has the real library loaded already, since
 # torch is imported first; tests/test_package.py compares the symbols.
@@ -45,5 +53,6 @@ function(c3a_operator_library target)
     LINKER:--no-as-needed LINKER:--allow-shlib-undefined LINKER:-z,lazy
     LINKER:--unresolved-symbols=ignore-all)
   set_target_properties(${target} PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH "")
+  c3a_for_old_systems(${target})
   install(TARGETS ${target} LIBRARY DESTINATION c3a)
 endfunction()

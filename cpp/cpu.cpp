@@ -13,6 +13,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "aten.h"
 #include "cpu_kernel.h"
 #include "cpu_plan.h"
@@ -39,15 +43,42 @@ struct Candidate {
   bool runs_here;
 };
 
+#if defined(__x86_64__)
+// The x86-64 level of this machine, 1 to 4: GCC 11 and Clang 16 cannot be asked for it by name.
+int x86_level() {
+  struct Registers {
+    unsigned a, b, c, d;
+  };
+  const auto cpuid = [](unsigned leaf) {
+    Registers r{};  // zeros if the machine has no such leaf
+    __get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d);
+    return r;
+  };
+  const auto has = [](unsigned found, unsigned wanted) { return (found & wanted) == wanted; };
+  const Registers one = cpuid(1), seven = cpuid(7), extended = cpuid(0x80000001);
+  constexpr unsigned kV2 =
+      bit_SSE3 | bit_SSSE3 | bit_CMPXCHG16B | bit_SSE4_1 | bit_SSE4_2 | bit_POPCNT;
+  if (!has(one.c, kV2) || !has(extended.c, bit_LAHF_LM)) return 1;
+  unsigned saved = 0, upper = 0;  // the registers that the operating system keeps
+  if (has(one.c, bit_OSXSAVE)) __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+  constexpr unsigned kV3 = bit_FMA | bit_MOVBE | bit_AVX | bit_F16C;
+  constexpr unsigned kV3Seven = bit_AVX2 | bit_BMI | bit_BMI2;
+  if (!has(one.c, kV3) || !has(seven.b, kV3Seven) || !has(extended.c, bit_LZCNT)) return 2;
+  if (!has(saved, 0x06)) return 2;
+  constexpr unsigned kV4 = bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
+  return has(seven.b, kV4) && has(saved, 0xe6) ? 4 : 3;
+}
+#endif
+
 std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
-  const bool v4 = __builtin_cpu_supports("x86-64-v4") != 0;
-  const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16") != 0;
+  const int level = x86_level();
+  const bool bf16 = level >= 4 && __builtin_cpu_supports("avx512bf16") != 0;
   return {
       {"x86-64-v4-bf16", &level_x86_64_v4, &level_x86_64_v4_bf16, bf16},
-      {"x86-64-v4", &level_x86_64_v4, nullptr, v4},
-      {"x86-64-v3", &level_x86_64_v3, nullptr, __builtin_cpu_supports("x86-64-v3") != 0},
-      {"x86-64-v2", &level_x86_64_v2, nullptr, __builtin_cpu_supports("x86-64-v2") != 0},
+      {"x86-64-v4", &level_x86_64_v4, nullptr, level >= 4},
+      {"x86-64-v3", &level_x86_64_v3, nullptr, level >= 3},
+      {"x86-64-v2", &level_x86_64_v2, nullptr, level >= 2},
       {"aten", nullptr, nullptr, true}};
 #elif defined(__aarch64__)
   return {{"aarch64", &level_native, nullptr, true}, {"aten", nullptr, nullptr, true}};

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -231,7 +232,12 @@ constexpr int kGroup = 16 / static_cast<int>(sizeof(T));
 template <class T, int... kIndex>
 struct Pick {
   static C3A_INLINE Vec<T> of(const Vec<T>& a, const Vec<T>& b) {
+#if __has_builtin(__builtin_shufflevector)
     return __builtin_shufflevector(a, b, kIndex...);
+#else  // GCC 11
+    using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+    return __builtin_shuffle(a, b, Vec<Index>{kIndex...});
+#endif
   }
 };
 

@@ -1,8 +1,11 @@
 """The CPU's kernels: block sizes, instruction sets, numbers of threads, groupings of tokens."""
 
 import os
+import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,6 +206,25 @@ def test_a_level_is_forced_by_the_environment_and_an_unknown_one_is_named():
     said = "expected C3A_CPU_LEVEL to be one of this machine's levels"
     assert said in failed.stderr
     assert "got 'x86-64-v9'" in failed.stderr
+
+
+FLAGS = {
+    "x86-64-v2": "pni ssse3 cx16 sse4_1 sse4_2 popcnt lahf_lm",
+    "x86-64-v3": "fma movbe avx f16c avx2 bmi1 bmi2 abm",
+    "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of x86-64")
+def test_the_level_is_the_highest_whose_instructions_the_system_lists():
+    pytest.importorskip("c3a._C", reason="built with C3A_PYBIND=OFF")
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    expected = "aten"
+    for level, needed in FLAGS.items():
+        if not set(needed.split()) <= flags:
+            break
+        expected = level
+    assert run("from c3a import _C; print(_C.cpu_capability())", "").stdout == f"{expected}\n"
 
 
 @pytest.mark.skipif("C3A_SANITIZED" not in os.environ, reason="for make sanitize")

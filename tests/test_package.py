@@ -99,53 +99,103 @@ def test_info_prints_what_a_bug_report_needs():
         assert re.search(rf"^{fact}\b", run.stdout, re.MULTILINE) or "device cuda" in run.stdout
 
 
+BUILD = "pip install 'cuda-toolkit[nvcc,cufft,cccl]==13.*' and, in the folder of c3a's sources, C3A"
+
+
 @pytest.mark.parametrize(
-    ("cuda", "built", "loads", "reason"),
+    ("cuda", "built", "loads", "said"),
     [
-        (None, ["13"], False, "this torch is built without CUDA"),
-        ("13.0", ["13"], True, "built for CUDA 13, as this torch"),
-        ("12.8", ["13"], False, "this torch has CUDA 12, this build of c3a has CUDA 13 only"),
-        ("13.0", [], False, "this torch has CUDA 13, this build of c3a is built without CUDA"),
+        (None, ["13"], False, "not loaded: this torch is built without CUDA"),
+        ("13.0", ["13"], True, "loaded, built for CUDA 13, as this torch"),
+        (
+            "12.8",
+            ["13"],
+            False,
+            "not loaded: this torch has CUDA 12, this build of c3a has CUDA 13 only; "
+            "install a torch built for CUDA 13",
+        ),
+        (
+            "13.0",
+            [],
+            False,
+            f"not loaded: this torch has CUDA 13, this build of c3a is built without CUDA; {BUILD}",
+        ),
     ],
 )
 def test_the_cuda_library_is_loaded_by_a_torch_of_its_cuda_major_only(
-    cuda, built, loads, reason, tmp_path, monkeypatch
+    cuda, built, loads, said, tmp_path, monkeypatch
 ):
     for major in built:
         (tmp_path / f"libc3a_cuda{major}.so").touch()
     monkeypatch.setattr(_library, "_FOLDERS", [tmp_path])
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    library, said = _library.cuda_library()
-    assert (library is not None) == loads
-    assert said == reason
+    library = _library.cuda_library()
+    assert (library.path is not None) == loads
+    assert str(library).startswith(said)
 
 
-def test_a_torch_of_another_cuda_major_is_told_so_and_the_cpu_keeps_working(tmp_path, monkeypatch):
-    for name in ("libc3a_cpu.so", "libc3a_cuda13.so"):
-        (tmp_path / name).touch()
-    loaded = []
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Load libraries of these names, with a torch for this CUDA; return what was loaded."""
     monkeypatch.setattr(_library, "_FOLDERS", [tmp_path])
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(path.name))
-    with pytest.warns(UserWarning, match=r"torch has CUDA 12, this build of c3a has CUDA 13 only"):
+
+    def load(cuda: str | None, gpus: int, *names: str, broken: str = "") -> list[str]:
+        def load_library(path):
+            if path.name == broken:
+                raise OSError("libcufft.so.12: cannot open shared object file")
+            loaded.append(path.name)
+
+        loaded: list[str] = []
+        for name in ("libc3a_cpu.so", *names):
+            (tmp_path / name).touch()
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.ops, "load_library", load_library)
         _library._load()
-    assert loaded == ["libc3a_cpu.so"]
+        return loaded
+
+    return load
 
 
-def test_a_cuda_library_that_does_not_load_is_told_so_and_the_cpu_keeps_working(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("cuda", "names", "said"),
+    [
+        ("13.0", [], f"this build of c3a is built without CUDA; {BUILD}"),
+        ("12.8", [], "built without CUDA; install a torch built for CUDA 13"),
+        ("12.8", ["libc3a_cuda13.so"], "has CUDA 13 only; install a torch built for CUDA 13"),
+    ],
+)
+def test_a_gpu_without_a_library_is_told_what_mends_it_and_the_cpu_keeps_working(
+    cuda, names, said, load
 ):
-    def load(path):
-        if "cuda" in path.name:
-            raise OSError("libcufft.so.12: cannot open shared object file")
+    with pytest.warns(
+        UserWarning, match=f"torch's own FFTs, several times slower; .*{re.escape(said)}"
+    ):
+        assert load(cuda, 1, *names) == ["libc3a_cpu.so"]
 
-    for name in ("libc3a_cpu.so", "libc3a_cuda13.so"):
-        (tmp_path / name).touch()
-    monkeypatch.setattr(_library, "_FOLDERS", [tmp_path])
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.ops, "load_library", load)
-    with pytest.warns(UserWarning, match="libcufft.so.12: cannot open.*torch's own FFTs"):
-        _library._load()
+
+def test_a_cuda_library_that_does_not_load_is_told_so_and_the_cpu_keeps_working(load):
+    with pytest.warns(UserWarning, match="torch's own FFTs.*libcufft.so.12: cannot open"):
+        assert load("13.0", 1, "libc3a_cuda13.so", broken="libc3a_cuda13.so") == ["libc3a_cpu.so"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "gpus", "names"),
+    [
+        ("12.8", 0, ["libc3a_cuda13.so"]),
+        ("13.0", 0, []),
+        (None, 1, []),
+        ("13.0", 1, ["libc3a_cuda13.so"]),
+    ],
+)
+def test_no_word_is_said_where_nothing_is_lost(cuda, gpus, names, load):
+    assert load(cuda, gpus, *names)[0] == "libc3a_cpu.so"  # a warning would be an error
+
+
+def test_info_tells_of_a_cuda_library_that_did_not_load(monkeypatch):
+    failed = _library.CudaLibrary(None, "libcufft.so.12: cannot open shared object file")
+    monkeypatch.setattr(_library, "loaded_cuda_library", failed)
+    assert re.search("CUDA library +not loaded: libcufft.so.12: cannot", info.report())
 
 
 def test_the_core_needs_torch_and_safetensors_only():

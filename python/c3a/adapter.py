@@ -77,6 +77,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
             has no room for.
 
     Warns of what is trainable and not saved, and of layers that PEFT cannot adapt.
+
+    >>> import c3a, torch
+    >>> model = c3a.patch_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), ["0"], 4)
+    >>> sorted(file.name for file in c3a.save_adapter(model, "my_adapter").iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     model, folder = unwrapped(model), Path(folder)
     with said_by("c3a.save_adapter"), as_trained(model):
@@ -165,6 +170,14 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
             as it was.
 
     Warns of kernels that are not finite.
+
+    >>> import c3a, copy, torch
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    >>> model = c3a.patch_model(copy.deepcopy(base), ["0"], 4, init="gaussian")
+    >>> folder = c3a.save_adapter(model, "my_adapter")
+    >>> x = torch.randn(3, 8)
+    >>> torch.equal(c3a.load_adapter(base, folder)(x), model(x))
+    True
     """
     inner = unwrapped(model)
     with said_by("c3a.load_adapter"):

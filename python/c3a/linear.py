@@ -79,6 +79,13 @@ class C3ALinear(nn.Module):
         ValueError: the block size does not fit, or ``scale`` or ``init`` is out of range.
 
     Source: C3A (arXiv:2407.19342), section 3.4. ``scale`` is the PEFT library's.
+
+    >>> import c3a, torch
+    >>> layer = c3a.C3ALinear(torch.nn.Linear(64, 32), block_size=16)
+    >>> layer.c3a_kernel.shape
+    torch.Size([2, 4, 16])
+    >>> layer(torch.randn(8, 64)).shape
+    torch.Size([8, 32])
     """
 
     in_features: int

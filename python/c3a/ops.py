@@ -35,8 +35,9 @@ def block_circ_conv(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     Source: C3A (arXiv:2407.19342), sections 3.2 to 3.4. The input gradient is the transpose, where
     the paper's section 3.3 has it wrong.
 
+    >>> import c3a, torch
     >>> w = torch.tensor([[[1.0, 2.0, 3.0]]])
-    >>> block_circ_conv(torch.tensor([1.0, 0.0, 0.0]), w)
+    >>> c3a.block_circ_conv(torch.tensor([1.0, 0.0, 0.0]), w)
     tensor([1., 3., 2.])
     """
     y: Tensor = _OPS.block_circ_conv(x, w, scale)
@@ -66,8 +67,9 @@ def block_circ_conv_add(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) 
 
     Source: C3A (arXiv:2407.19342), equation of the adapted layer in section 3.2.
 
+    >>> import c3a, torch
     >>> w = torch.tensor([[[1.0, 2.0, 3.0]]])
-    >>> block_circ_conv_add(torch.ones(3), torch.tensor([1.0, 0.0, 0.0]), w)
+    >>> c3a.block_circ_conv_add(torch.ones(3), torch.tensor([1.0, 0.0, 0.0]), w)
     tensor([2., 4., 3.])
     """
     y: Tensor = _OPS.block_circ_conv_add(base, x, w, scale)
@@ -102,8 +104,9 @@ def prepare(
         RuntimeError: a shape or dtype breaks a rule, or ``w`` requires a gradient (prepare
             ``w.detach()``); the message names rule and values.
 
+    >>> import c3a, torch
     >>> w = torch.tensor([[[1.0, 2.0, 3.0]]])
-    >>> block_circ_conv_prepared(torch.tensor([1.0, 0.0, 0.0]), prepare(w), 3)
+    >>> c3a.block_circ_conv_prepared(torch.tensor([1.0, 0.0, 0.0]), c3a.prepare(w), 3)
     tensor([1., 3., 2.])
     """
     w_hat: Tensor = _OPS.prepare(w, dtype, transposed, scale)
@@ -139,11 +142,12 @@ def block_circ_conv_prepared(
 
     Differentiable any number of times in ``x``, in reverse and forward mode.
 
+    >>> import c3a, torch
     >>> w = torch.randn(2, 3, 8)
-    >>> w_hat, w_hat_t = prepare(w), prepare(w, transposed=True)
+    >>> w_hat, w_hat_t = c3a.prepare(w), c3a.prepare(w, transposed=True)
     >>> x = torch.randn(5, 24, requires_grad=True)
-    >>> y = block_circ_conv_prepared(x, w_hat, 8, w_hat_t)
-    >>> torch.equal(y, block_circ_conv(x, w))
+    >>> y = c3a.block_circ_conv_prepared(x, w_hat, 8, w_hat_t)
+    >>> torch.equal(y, c3a.block_circ_conv(x, w))
     True
     >>> (dx,) = torch.autograd.grad(y.sum(), x)
     """
@@ -172,8 +176,10 @@ def block_circ_conv_prepared_add(
     Raises:
         RuntimeError: as for ``block_circ_conv_prepared``, and for a ``base`` of another shape.
 
-    >>> w = torch.tensor([[[1.0, 2.0, 3.0]]])
-    >>> block_circ_conv_prepared_add(torch.ones(3), torch.tensor([1.0, 0.0, 0.0]), prepare(w), 3)
+    >>> import c3a, torch
+    >>> w_hat = c3a.prepare(torch.tensor([[[1.0, 2.0, 3.0]]]))
+    >>> x = torch.tensor([1.0, 0.0, 0.0])
+    >>> c3a.block_circ_conv_prepared_add(torch.ones(3), x, w_hat, 3)
     tensor([2., 4., 3.])
     """
     y: Tensor = _OPS.block_circ_conv_prepared_add(base, x, w_hat, block_size, w_hat_transposed)

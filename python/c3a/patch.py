@@ -119,6 +119,12 @@ def patch_model(
     checkpoint held none, and that is not in ``modules_to_save``: it would never be trained. A head
     that ``load_state_dict`` has filled since then cannot be told from a new one; of a model that
     was not made by ``from_pretrained`` nothing is said.
+
+    >>> import c3a, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> model = c3a.patch_model(model, ["0"], block_size=4, modules_to_save=["1"])
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['0.c3a_kernel', '1.weight', '1.bias']
     """
     inner = unwrapped(model)
     plan = plan_patch(
@@ -268,6 +274,13 @@ def unpatch_model(model: Model, *, merge: bool = False, safe: bool = True) -> Mo
         TypeError, ValueError: ``merge`` and a base layer that cannot take the adapter, or ``safe``
             and a weight that would not be finite; otherwise one of ``modules_to_save`` that has
             other shapes now, or that accelerate has offloaded. The model is then as it was.
+
+    >>> import c3a, torch
+    >>> model = c3a.patch_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), ["0"], 4)
+    >>> c3a.unpatch_model(model)
+    Sequential(
+      (0): Linear(in_features=8, out_features=8, bias=True)
+    )
     """
     from . import pretrained
 
@@ -299,13 +312,30 @@ def merge(model: Model, *, safe: bool = True) -> Model:
 
     Raises:
         TypeError, ValueError: as ``C3ALinear.merge``, with the layer's name.
+
+    >>> import c3a, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    >>> model, x = c3a.patch_model(model, ["0"], 4, init="gaussian"), torch.randn(3, 8)
+    >>> y = model(x)
+    >>> torch.allclose(c3a.merge(model)(x), y, atol=1e-5)
+    True
     """
     _merge_all(model, safe)
     return model
 
 
 def unmerge(model: Model) -> Model:
-    """Undo ``merge``: every weight is as it was, bit for bit."""
+    """Undo ``merge``: every weight is as it was, bit for bit.
+
+    >>> import c3a, torch
+    >>> base = torch.nn.Linear(8, 8)
+    >>> weight = base.weight
+    >>> model = c3a.patch_model(torch.nn.Sequential(base), ["0"], 4, init="gaussian")
+    >>> c3a.merge(model)[0].base_layer.weight is weight
+    False
+    >>> c3a.unmerge(model)[0].base_layer.weight is weight
+    True
+    """
     for layer in adapted_layers(model).values():
         layer.unmerge()
     return model
@@ -323,10 +353,12 @@ def disabled(model: Model) -> Iterator[Model]:
         ValueError: one of ``modules_to_save`` has other shapes than at the patch, or accelerate has
             offloaded it; nothing is changed then.
 
-    >>> model = patch_model(nn.Sequential(nn.Linear(4, 4)), ["0"], 2, init="gaussian")
-    >>> with disabled(model):
+    >>> import c3a, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> model = c3a.patch_model(model, ["0"], 2, init="gaussian")
+    >>> with c3a.disabled(model):
     ...     y = model(torch.ones(4))
-    >>> torch.equal(y, unpatch_model(model)(torch.ones(4)))
+    >>> torch.equal(y, c3a.unpatch_model(model)(torch.ones(4)))
     True
     """
     inner = unwrapped(model)

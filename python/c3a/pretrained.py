@@ -53,6 +53,14 @@ def load_pretrained(model_class: Any, folder: str | Path, **options: Any) -> nn.
         FileNotFoundError, ValueError: as ``c3a.load_adapter``; and what ``from_pretrained`` raises.
 
     transformers reports the keys ``c3a_kernel`` as unexpected; they come from the adapter.
+
+    >>> import c3a, transformers
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> model = transformers.BertModel(transformers.BertConfig(vocab_size=4, **sizes))
+    >>> c3a.patch_model(model, ["query"], block_size=4).save_pretrained("my_model")
+    >>> model = c3a.load_pretrained(transformers.BertModel, "my_model")
+    >>> model.encoder.layer[0].attention.self.query.block_size
+    4
     """
     # from_pretrained has no other way to leave out an adapter that lies beside the model
     leave_out = {"subfolder": _NO_SUCH_FOLDER}

@@ -21,7 +21,8 @@ def circulant(w: Tensor) -> Tensor:
     Source: C3A (arXiv:2407.19342), sections 3.2 and 3.4: the first row of each block is its kernel,
     and each row equals the one above shifted right by one.
 
-    >>> circulant(torch.tensor([[[1, 2, 3]]]))
+    >>> import c3a, torch
+    >>> c3a.circulant(torch.tensor([[[1, 2, 3]]]))
     tensor([[1, 2, 3],
             [3, 1, 2],
             [2, 3, 1]])

@@ -59,8 +59,8 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Count the trainable and total parameters of a model and of each adapted layer.
 
-    >>> import c3a
-    >>> model = c3a.patch_model(nn.Sequential(nn.Linear(8, 4)), ["0"], 4)
+    >>> import c3a, torch
+    >>> model = c3a.patch_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), ["0"], 4)
     >>> print(c3a.summary(model))
     layer  in  out  block size  parameters
     0       8    4           4           8

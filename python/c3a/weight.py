@@ -1,10 +1,11 @@
 """The weight of an adapted layer, for code that reads it instead of calling the layer.
 
 Much code reads a layer's ``weight``: most of it for the dtype or the device, at every call, which
-must cost nothing; some of it to compute with, which must not leave the adapter out.
+must cost next to nothing; some of it to compute with, which must not leave the adapter out.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -130,28 +131,28 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: _Layer, weight: Tensor, kernel: Tensor) -> Tensor:
         ctx.layer = layer
-        ctx.save_for_backward(kernel)
-        state = _state_of(layer)
-
-        @torch.no_grad()
-        def sum() -> Tensor:
-            if _state_of(layer) != state:
-                raise RuntimeError(
-                    "c3a: the layer has changed since its weight was read; read layer.weight again"
-                )
-            return layer.add_delta(weight, kernel)
-
-        return AdaptedWeight(weight, weight.device, sum, (weight, kernel))
+        addends = (weight, kernel)
+        total = partial(_sum, layer, _state_of(layer), *addends)
+        return AdaptedWeight(weight, weight.device, total, addends)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor | None, Tensor]:
-        (kernel,) = ctx.saved_tensors
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            kernel = kernel.detach().requires_grad_()
+            # The sum is linear in it: any kernel of its shape gives the gradient.
+            kernel = ctx.layer.c3a_kernel.detach().requires_grad_()
             delta = ctx.layer.add_delta(torch.zeros_like(g), kernel)
         (of_kernel,) = torch.autograd.grad(delta, kernel, g, create_graph=again)
         return None, g if ctx.needs_input_grad[1] else None, of_kernel
+
+
+@torch.no_grad()
+def _sum(layer: _Layer, state: tuple[object, ...], weight: Tensor, kernel: Tensor) -> Tensor:
+    if _state_of(layer) != state:
+        raise RuntimeError(
+            "c3a: the layer has changed since its weight was read; read layer.weight again"
+        )
+    return layer.add_delta(weight, kernel)
 
 
 def read(layer: _Layer) -> Tensor:

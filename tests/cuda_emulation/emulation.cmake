@@ -29,7 +29,7 @@ foreach(_target c3a_emulation c3a_emulated_cuda)
     "${C3A_CUDA_INCLUDE}" "${C3A_CUFFT_INCLUDE}" "${C3A_TORCH_ROOT}/include")
   target_compile_definitions(${_target} PRIVATE
     USE_CUDA TORCH_TARGET_VERSION=${C3A_TORCH_TARGET} C3A_CUDA_ARCHITECTURES="an emulated machine")
-  target_compile_options(${_target} PRIVATE -Wall -Wextra -Werror -Wno-unknown-pragmas -O1 -g1)
+  target_compile_options(${_target} PRIVATE ${C3A_WARNINGS} -Wno-unknown-pragmas -O1 -g1)
 endforeach()
 target_compile_options(c3a_emulated_cuda PRIVATE ${C3A_SANITIZE_OPTIONS})
 if(C3A_SANITIZE STREQUAL "address")

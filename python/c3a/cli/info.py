@@ -33,8 +33,7 @@ def report() -> str:
             f"{cuda['version']}, architectures {cuda['architectures']}" if cuda else "no"
         )
         facts["CPU capability"] = _C.cpu_capability()
-    library, reason = _library.cuda_library()
-    facts["CUDA library"] = f"loaded, {reason}" if library else f"not loaded: {reason}"
+    facts["CUDA library"] = str(_library.loaded_cuda_library)
     facts["torch"] = torch.__version__
     facts["torch CUDA"] = str(torch.version.cuda)
     facts["torch CPU capability"] = torch.backends.cpu.get_cpu_capability()
