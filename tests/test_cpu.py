@@ -212,6 +212,7 @@ FLAGS = {
     "x86-64-v2": "pni ssse3 cx16 sse4_1 sse4_2 popcnt lahf_lm",
     "x86-64-v3": "fma movbe avx f16c avx2 bmi1 bmi2 abm",
     "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+    "x86-64-v4-bf16": "avx512_bf16",
 }
 
 
