@@ -116,6 +116,7 @@ def test_a_setting_of_a_cuda_library_that_is_not_loaded_says_so(setting):
         setting()
 
 
+@pytest.mark.skipif("C3A_EMULATED" in os.environ, reason="has no levels")
 def test_a_wrong_level_is_an_error_of_the_facts_too():
     code = "import c3a._library as l; print(l.cpu_level())"
     run = in_new_process(f"import os; os.environ['C3A_CPU_LEVEL'] = 'i386'; {code}")
