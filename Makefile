@@ -32,7 +32,7 @@ CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda
 CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
 .PHONY: help finetune test levels fuzz sanitize emulated mutants emulated-torch torches aarch64 lint \
-	format bench docs cuda gpu wheel wheel-test wheel-twice
+	format bench docs cuda gpu wheel wheel-test wheel-twice hub
 
 help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
@@ -48,6 +48,7 @@ help:
 	@echo "make wheel      a wheel of this Python for manylinux_2_28, in dist (C3A_CUDA=ON: with CUDA)"
 	@echo "make wheel-test      install it without a compiler in a new environment, and test it there"
 	@echo "make wheel-twice     build it in two folders: are the bytes the same?"
+	@echo "make hub        lay the operators out for Hugging Face's kernels package, in build/hub; load it"
 	@echo "make bench      set up, then time the operator against its peers"
 	@echo "make docs       set up, then build the documentation into build/docs"
 	@echo "make cuda       rebuild with the CUDA library and look at its machine code (needs nvcc 13)"
@@ -201,6 +202,17 @@ wheel-twice:
 		|| exit 1; done
 	for folder in $(TWICE); do C3A_CUDA=OFF $(MAKE) --directory "$$folder" wheel DIST=dist || exit 1; done
 	cmp build/once/dist/*.whl "build/another longer folder/dist/"*.whl
+
+# That package is not among our own: transformers behaves otherwise where it is installed.
+HUB_PY := build/hub-venv/bin/python
+
+hub: $(PY)
+	$(PY) build_support/hub.py build/hub
+	$(PY) -m venv --without-pip build/hub-venv
+	echo "import site; site.addsitedir('$(PACKAGES)')" > \
+		"$$($(HUB_PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/c3a.pth"
+	$(PIP) --python $(HUB_PY) install --quiet kernels==0.17.2
+	C3A_HUB="$(CURDIR)/build/hub" $(HUB_PY) -m pytest tests/test_hub.py
 
 lint:
 	$(VENV)/bin/ruff check $(SOURCES)

@@ -31,7 +31,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import c3a
-from c3a._C import cpu_capability, set_cuda_path
+from c3a._library import cpu_level
+from c3a.cuda import set_path
 from c3a.memory import peak_allocated, saved_for_backward
 
 # (in, out, block size, tokens, LoRA rank): the shapes at which peers were measured.
@@ -282,7 +283,7 @@ def bench_marks(rounds: int) -> list[tuple[str, float, str]]:
 
 def bench_levels(rounds: int) -> list[tuple[str, float, str]]:
     """Compare instruction-set levels, a process each, in turns."""
-    best = cpu_capability()
+    best = cpu_level()
     levels = ["x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2"]
     if best not in levels[:-1]:
         return []
@@ -347,9 +348,9 @@ def bench_memory() -> list[tuple[str, float, str]]:
 
 def by_path(path: str, function: Callable[[], object]) -> Callable[[], object]:
     def run():
-        set_cuda_path(path)
+        set_path(path)
         function()
-        set_cuda_path("auto")
+        set_path("auto")
 
     return run
 
@@ -528,7 +529,7 @@ def main() -> None:
         return
     if options.device == "cuda":
         return main_cuda(options)
-    machine = f"{platform.machine()}, {cpu_capability()}, {options.threads} thread(s)"
+    machine = f"{platform.machine()}, {cpu_level()}, {options.threads} thread(s)"
     title = f"{machine}, torch {torch.__version__}, medians of {options.rounds}"
     console = Console(width=130)
     console.print(title)

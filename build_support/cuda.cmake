@@ -69,7 +69,7 @@ if(_want_cuda)
   # The cuFFT wheel's headers lie beside a copy of the runtime's: after nvcc's own.
   target_include_directories(c3a_cuda13 SYSTEM PRIVATE
     ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} "${C3A_CUFFT_INCLUDE}")
-  # Its controls go to where c3a._C finds them.
+  # Its controls go to where c3a.cuda finds them.
   target_link_libraries(c3a_cuda13 PRIVATE
     c3a_cpu stand_in_torch_cuda stand_in_cufft stand_in_cudart)
 

@@ -47,12 +47,16 @@ c3a_stand_in(stand_in_torch_cpu libtorch_cpu.so)
 
 function(c3a_operator_library target)
   target_include_directories(${target} SYSTEM PRIVATE "${C3A_TORCH_ROOT}/include")
-  target_compile_definitions(${target} PRIVATE TORCH_TARGET_VERSION=${C3A_TORCH_TARGET})
+  target_compile_definitions(${target} PRIVATE
+    TORCH_TARGET_VERSION=${C3A_TORCH_TARGET} C3A_NAMESPACE=${C3A_NAMESPACE})
   target_link_libraries(${target} PRIVATE stand_in_torch_cpu)
   target_link_options(${target} PRIVATE
     LINKER:--no-as-needed LINKER:--allow-shlib-undefined LINKER:-z,lazy
     LINKER:--unresolved-symbols=ignore-all)
-  set_target_properties(${target} PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH "")
+  # Libraries of two namespaces in one process are told apart by their names.
+  string(REGEX REPLACE "^c3a" "${C3A_NAMESPACE}" _name ${target})
+  set_target_properties(${target} PROPERTIES
+    OUTPUT_NAME ${_name} SKIP_BUILD_RPATH ON INSTALL_RPATH "")
   c3a_for_old_systems(${target})
   install(TARGETS ${target} LIBRARY DESTINATION c3a)
 endfunction()

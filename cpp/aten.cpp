@@ -90,6 +90,4 @@ void Aten::prepare(const Preparation& c) {
 
 }  // namespace c3a
 
-STABLE_TORCH_LIBRARY_IMPL(c3a, CompositeExplicitAutograd, m) {
-  c3a::Operators<c3a::Aten>::register_all(m);
-}
+C3A_LIBRARY_IMPL(CompositeExplicitAutograd, m) { c3a::Operators<c3a::Aten>::register_all(m); }

@@ -645,4 +645,4 @@ extern "C" __attribute__((visibility("default"))) const char* c3a_cpu_capability
   return c3a::cpu::in_use().name;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(c3a, CPU, m) { c3a::Operators<c3a::cpu::Cpu>::register_all(m); }
+C3A_LIBRARY_IMPL(CPU, m) { c3a::Operators<c3a::cpu::Cpu>::register_all(m); }

@@ -1,11 +1,13 @@
-// What c3a._C shows and sets of the CUDA library. That library may be absent: it puts its controls
-// here when it is loaded, so that neither needs the other to load.
+// What c3a.cuda shows and sets of the CUDA library. That library may be absent: it puts its
+// controls here when it is loaded, so that neither needs the other to load.
 
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include "facts.h"
 
 namespace c3a {
 
@@ -42,4 +44,15 @@ class CudaControls {
 }  // namespace c3a
 
 // Where the controls are, in libc3a_cpu.so: null without the CUDA library.
-extern "C" __attribute__((visibility("default"))) c3a::CudaControls** c3a_cuda_controls();
+C3A_EXPORT c3a::CudaControls** c3a_cuda_controls();
+
+// The same for ctypes (python/c3a/cuda.py). Each returns null or what was wrong; texts last until
+// the thread's next call. The cache's: "capacity hits misses", then a line for each plan, the most
+// recently used first: "device length batch transform captured".
+C3A_EXPORT const char* c3a_cuda_path(const char** path);
+C3A_EXPORT const char* c3a_set_cuda_path(const char* path);
+C3A_EXPORT const char* c3a_cuda_temporary_limit(int64_t* bytes);
+C3A_EXPORT const char* c3a_set_cuda_temporary_limit(int64_t bytes);
+C3A_EXPORT const char* c3a_cuda_plan_cache(const char** facts);
+C3A_EXPORT const char* c3a_set_cuda_plan_cache_capacity(int64_t capacity);
+C3A_EXPORT const char* c3a_clear_cuda_plan_cache();

@@ -2,9 +2,9 @@
 // Implementations: cpu.cpp, aten.cpp and ../cuda/cuda.cpp. Python rules:
 // ../python/c3a/operators.py.
 
-#include <torch/csrc/stable/library.h>
+#include "namespace.h"
 
-STABLE_TORCH_LIBRARY(c3a, m) {
+C3A_LIBRARY(m) {
   m.def("block_circ_conv(Tensor x, Tensor w, float scale=1.0) -> Tensor");
   m.def("block_circ_conv_add(Tensor base, Tensor x, Tensor w, float scale=1.0) -> Tensor");
   m.def("block_circ_conv_add_(Tensor(a!) base, Tensor x, Tensor w, float scale=1.0) -> ()");

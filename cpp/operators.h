@@ -12,7 +12,6 @@
 
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
@@ -20,6 +19,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "namespace.h"
 #include "problem.h"
 
 namespace c3a {

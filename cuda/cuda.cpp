@@ -29,7 +29,7 @@ Path path_named(const std::string& what, const std::string& name) {
   throw std::runtime_error("c3a: expected " + what + " to be auto, fused or cufft, got " + name);
 }
 
-// What C3A_CUDA_PATH, C3A_CUDA_TEMPORARY_MIB and C3A_CUDA_PLANS give, or defaults; c3a._C changes
+// What C3A_CUDA_PATH, C3A_CUDA_TEMPORARY_MIB and C3A_CUDA_PLANS give, or defaults; c3a.cuda changes
 // it. The library is loaded where nobody could catch an error: what is wrong with the variables is
 // said at first use.
 class Controls final : public CudaControls {

@@ -1,3 +1,3 @@
 #include "cuda.h"
 
-STABLE_TORCH_LIBRARY_IMPL(c3a, CUDA, m) { c3a::Operators<c3a::cuda::Cuda>::register_all(m); }
+C3A_LIBRARY_IMPL(CUDA, m) { c3a::Operators<c3a::cuda::Cuda>::register_all(m); }

@@ -1,11 +1,9 @@
 """The inputs that every test of the operator shares, and how errors are measured."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from c3a import _library
+from c3a._library import cpu_level
 
 # (tokens as leading sizes, m, n, b): block size 1, odd, prime, power of two, composite, large;
 # square and not; no token, one, some; no, one and two leading dimensions.
@@ -36,14 +34,6 @@ TOLERANCE = {
     torch.bfloat16: 4e-3,
     torch.float16: 5e-4,
 }
-
-
-def cpu_level() -> str:
-    """Return the level in use, also of a library that was built without ``c3a._C``."""
-    (library,) = _library._libraries("libc3a_cpu.so")
-    function = ctypes.CDLL(library).c3a_cpu_capability
-    function.restype = ctypes.c_char_p
-    return function().decode()
 
 
 def rounds_spectra(device: torch.device, *dtypes: torch.dtype) -> bool:

@@ -110,7 +110,11 @@ def build(report: Report, architectures: str | None) -> int:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     status = report.run(
         *("cmake", "-S", ROOT, "-B", BUILD / "tree", *generator, *options),
-        *("-DSKBUILD_PROJECT_VERSION=0", "-DCMAKE_BUILD_TYPE=Release"),
+        *(
+            "-DSKBUILD_PROJECT_VERSION=0",
+            "-DSKBUILD_PROJECT_VERSION_FULL=0",
+            "-DCMAKE_BUILD_TYPE=Release",
+        ),
         f"-DPython_EXECUTABLE={sys.executable}",
     )
     status = status or report.run("cmake", "--build", BUILD / "tree", "--parallel")

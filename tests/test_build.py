@@ -46,7 +46,11 @@ def configure(tmp_path):
         run = subprocess.run(
             [
                 *("cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build"),
-                *("-DSKBUILD_PROJECT_VERSION=0", f"-DPython_EXECUTABLE={sys.executable}"),
+                *(
+                    "-DSKBUILD_PROJECT_VERSION=0",
+                    "-DSKBUILD_PROJECT_VERSION_FULL=0",
+                    f"-DPython_EXECUTABLE={sys.executable}",
+                ),
                 *(f"-DC3A_TORCH_ROOT={torch}", "-DC3A_PYBIND=OFF", "-DC3A_CUDA=OFF", *options),
             ],
             env=bare | {"PATH": path} | env,

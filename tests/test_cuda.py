@@ -15,18 +15,17 @@ import pytest
 import torch
 
 import c3a
-from c3a import _library
+from c3a import _library, cuda
 from cases import DTYPES, TOLERANCE, operands, relative_error
 from test_operator import dense_results
 
-_C = pytest.importorskip("c3a._C", reason="built with C3A_PYBIND=OFF")
 OPS = torch.ops.c3a
 LENGTHS = [32, 64, 128, 256, 512, 1024, 2048]
 
 
 def _has_cuda_library() -> bool:
     try:
-        _C.cuda_path()
+        cuda.path()
     except RuntimeError:
         return False
     return True
@@ -44,12 +43,12 @@ def on_the_librarys_device(device):
 @pytest.fixture(autouse=True)
 def settings():
     """Leaves the library's settings as they were."""
-    path, limit = _C.cuda_path(), _C.cuda_temporary_limit()
-    capacity = _C.cuda_plan_cache()["capacity"]
+    path, limit = cuda.path(), cuda.temporary_limit()
+    capacity = cuda.plan_cache()["capacity"]
     yield
-    _C.set_cuda_path(path)
-    _C.set_cuda_temporary_limit(limit)
-    _C.set_cuda_plan_cache_capacity(capacity)
+    cuda.set_path(path)
+    cuda.set_temporary_limit(limit)
+    cuda.set_plan_cache_capacity(capacity)
 
 
 class Machine:
@@ -113,14 +112,14 @@ def assert_right(x, w, g):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("b", LENGTHS)
 def test_both_paths_are_right_for_every_length_of_the_fused_one(b, dtype, path, device):
-    _C.set_cuda_path(path)
+    cuda.set_path(path)
     m, n = (2, 3) if b < 512 else (1, 2)
     assert_right(*operands((5,), m, n, b, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 7, 8, 9, 17])
 def test_the_fused_path_is_right_for_every_number_of_tokens(tokens, device):
-    _C.set_cuda_path("fused")
+    cuda.set_path("fused")
     assert_right(*operands((tokens,), 2, 9, 64, dtype=torch.float32, device=device))
 
 
@@ -138,7 +137,7 @@ def test_a_tile_has_as_many_tokens_as_shared_memory_has_room_for(shared_kib, til
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 40), (33, 1), (5, 18), (17, 3)])
 def test_the_fused_path_is_right_for_any_number_of_blocks(m, n, device):
-    _C.set_cuda_path("fused")
+    cuda.set_path("fused")
     assert_right(*operands((9,), m, n, 32, dtype=torch.float32, device=device))
 
 
@@ -147,7 +146,7 @@ def test_the_fused_path_is_right_for_any_number_of_blocks(m, n, device):
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_memory_need_not_be_aligned(shift, dtype, path, device):
     """Results of single operators are new and aligned; in place, the base itself is shifted."""
-    _C.set_cuda_path(path)
+    cuda.set_path(path)
 
     def shifted(t):
         memory = torch.empty(t.numel() + shift, dtype=t.dtype, device=t.device)
@@ -180,7 +179,7 @@ def test_the_base_may_have_another_dtype(base_dtype, x_dtype, device):
 )
 def test_a_tokens_result_does_not_depend_on_its_batch(path, b, device):
     """To the bit on the fused path; cuFFT promises no equal bits for batches of other sizes."""
-    _C.set_cuda_path(path)
+    cuda.set_path(path)
     x, w, g = operands((21,), 3, 2, b, dtype=torch.float32, device=device)
     y, dx = OPS.block_circ_conv(x, w), OPS.block_circ_conv_input_grad(g, w)
     for t in (0, 7, 8, 20):
@@ -196,7 +195,7 @@ def test_a_tokens_result_does_not_depend_on_its_batch(path, b, device):
 
 def test_a_thread_block_goes_through_several_groups_of_output_blocks(device):
     """Enough tiles of tokens that groups of output blocks do not get thread blocks of their own."""
-    _C.set_cuda_path("fused")
+    cuda.set_path("fused")
     assert_right(*operands((60,), 5, 1, 512, dtype=torch.float32, device=device))
 
 
@@ -212,7 +211,7 @@ def test_a_thread_block_goes_through_several_groups_of_output_blocks(device):
     ],
 )
 def test_tiny_shapes_through_every_device_function(path, tokens, m, n, b, device):
-    _C.set_cuda_path(path)
+    cuda.set_path(path)
     x, w, g = operands((tokens,), m, n, b, dtype=torch.float32, device=device)
     y, dx, dw = dense_results(x, w, g)
     for got, expected in (
@@ -236,18 +235,18 @@ def test_what_is_not_finite_stays_in_its_token(device):
 @pytest.mark.parametrize("b", [6, 7, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_chunks_of_tokens_give_the_same_results(b, dtype, device):
-    _C.set_cuda_path("cufft")
+    cuda.set_path("cufft")
     x, w, g = operands((23,), 2, 3, b, dtype=dtype, device=device)
     whole = every_product(x, w, g)
     # Room for five tokens: spectra of 2 and of 3 blocks, and twice those of 3. 5, 5, 5, 5 and 3.
     complex_bytes = 16 if dtype == torch.float64 else 8
-    _C.set_cuda_temporary_limit(5 * (2 + 3 + 2 * 3) * (b // 2 + 1) * complex_bytes)
+    cuda.set_temporary_limit(5 * (2 + 3 + 2 * 3) * (b // 2 + 1) * complex_bytes)
     for got, exact in zip(every_product(x, w, g), whole, strict=True):
         assert relative_error(got.cpu(), exact.cpu()) < TOLERANCE[dtype]
 
 
 def test_the_limit_decides_how_many_chunks_there_are(device, machine):
-    _C.set_cuda_path("cufft")
+    cuda.set_path("cufft")
     x, w, _ = operands((23,), 2, 3, 6, dtype=torch.bfloat16, device=device)
 
     def transforms():
@@ -258,9 +257,9 @@ def test_the_limit_decides_how_many_chunks_there_are(device, machine):
     assert transforms() == 1 + 1  # the kernel's and the activations'
     per_token = (2 + 3 + 2 * 3) * 4 * 8
     for tokens, chunks in ((12, 2), (11, 3), (5, 5), (1, 23)):
-        _C.set_cuda_temporary_limit(tokens * per_token)
+        cuda.set_temporary_limit(tokens * per_token)
         assert transforms() == 1 + chunks
-    _C.set_cuda_temporary_limit(1)
+    cuda.set_temporary_limit(1)
     assert transforms() == 1 + 23
 
 
@@ -275,7 +274,7 @@ def test_the_kernel_gradient_is_right_and_deterministic_when_its_sums_are_cut(sh
 
 @pytest.mark.parametrize(("m", "n", "tokens"), [(32, 33, 32), (40, 32, 33), (31, 40, 40)])
 def test_large_products_by_cublas_are_right(m, n, tokens, device):
-    _C.set_cuda_path("cufft")
+    cuda.set_path("cufft")
     for dtype in (torch.float64, torch.float32):
         assert_right(*operands((tokens,), m, n, 4, dtype=dtype, device=device))
 
@@ -311,14 +310,14 @@ def test_the_path_follows_the_rule(device, machine):
 def test_paths_can_be_forced_and_names_are_checked(device, machine):
     x, w, _ = operands((2,), 1, 2, 64, dtype=torch.float32, device=device)
     for path in ("fused", "cufft", "auto"):
-        _C.set_cuda_path(path)
-        assert _C.cuda_path() == path
+        cuda.set_path(path)
+        assert cuda.path() == path
         assert launched(machine, x, w) == ("cufft" if path == "cufft" else "fused")
     with pytest.raises(
         RuntimeError, match="expected the CUDA path to be auto, fused or cufft, got fast"
     ):
-        _C.set_cuda_path("fast")
-    assert _C.cuda_path() == "auto"
+        cuda.set_path("fast")
+    assert cuda.path() == "auto"
 
 
 # Prepared kernels
@@ -397,7 +396,7 @@ def test_a_prepared_kernel_is_understood_by_the_other_path(b, device):
     x, w, g = operands((5,), 3, 2, b, dtype=torch.float32, device=device)
     made = {}
     for path in ("fused", "cufft"):
-        _C.set_cuda_path(path)
+        cuda.set_path(path)
         made[path] = [OPS.prepare(w), OPS.prepare(w, transposed=True)]
     for one, other in zip(*made.values(), strict=True):
         assert torch.equal(one, other)
@@ -424,7 +423,7 @@ def test_a_prepared_kernel_is_not_transformed_again(device, machine):
     def steps(tokens, m, n, b, path="auto"):
         x, w, _ = operands((tokens,), m, n, b, dtype=torch.float32, device=device)
         w_hat = OPS.prepare(w)
-        _C.set_cuda_path(path)
+        cuda.set_path(path)
         machine.events()
         OPS.block_circ_conv_prepared(x, w_hat, b)
         launches = [event for event in machine.events() if "limit" not in event]
@@ -442,7 +441,7 @@ def test_a_prepared_kernel_is_not_transformed_again(device, machine):
 def test_a_graph_captures_a_prepared_kernel_without_a_plan(device, machine):
     x, w, _ = operands((1,), 3, 2, 64, dtype=torch.float32, device=device)
     w_hat = OPS.prepare(w)
-    _C.clear_cuda_plan_cache()
+    cuda.clear_plan_cache()
     machine.capture(True)
     try:
         got = OPS.block_circ_conv_prepared(x, w_hat, 64)
@@ -461,31 +460,31 @@ def run_cufft(tokens, b, device, dtype=torch.float32):
 
 
 def kept() -> set[tuple]:
-    plans = _C.cuda_plan_cache()["plans"]
+    plans = cuda.plan_cache()["plans"]
     return {(p["length"], p["batch"], p["transform"]) for p in plans}
 
 
 def test_plans_are_kept_by_length_batch_and_type(device):
-    _C.set_cuda_path("cufft")
-    _C.clear_cuda_plan_cache()
-    before = _C.cuda_plan_cache()
+    cuda.set_path("cufft")
+    cuda.clear_plan_cache()
+    before = cuda.plan_cache()
     run_cufft(3, 6, device)
     # The kernel, one transform, the activations, three, and those back.
     assert kept() == {(6, 1, "R2C"), (6, 3, "R2C"), (6, 3, "C2R")}
     run_cufft(3, 6, device)
-    cache = _C.cuda_plan_cache()
+    cache = cuda.plan_cache()
     assert cache["misses"] - before["misses"] == 3
     assert cache["hits"] - before["hits"] == 3
     run_cufft(3, 6, device, torch.float64)
     run_cufft(3, 7, device)
     assert len(kept()) == 9
-    _C.clear_cuda_plan_cache()
+    cuda.clear_plan_cache()
     assert kept() == set()
 
 
 def test_batches_of_similar_sizes_share_plans(device):
-    _C.set_cuda_path("cufft")
-    _C.clear_cuda_plan_cache()
+    cuda.set_path("cufft")
+    cuda.clear_plan_cache()
     for tokens in range(129, 257):
         OPS.block_circ_conv_kernel_grad(
             *(torch.ones(tokens, 3, device=device, dtype=torch.bfloat16) for _ in range(2)), 3
@@ -496,29 +495,29 @@ def test_batches_of_similar_sizes_share_plans(device):
 
 
 def test_the_least_recently_used_plans_are_dropped(device):
-    _C.set_cuda_path("cufft")
-    _C.clear_cuda_plan_cache()
-    _C.set_cuda_plan_cache_capacity(6)
+    cuda.set_path("cufft")
+    cuda.clear_plan_cache()
+    cuda.set_plan_cache_capacity(6)
     for b in (5, 6):
         run_cufft(2, b, device)
     run_cufft(2, 5, device)
     run_cufft(2, 7, device)
     assert {length for length, _, _ in kept()} == {5, 7}
-    _C.set_cuda_plan_cache_capacity(2)
+    cuda.set_plan_cache_capacity(2)
     assert len(kept()) == 2
     x, w, g = operands((2,), 1, 1, 9, dtype=torch.float32, device=device)
     assert_right(x, w, g)  # more plans than room
     for wrong in (0, -1):
         with pytest.raises(RuntimeError, match=f"capacity >= 1, got {wrong}"):
-            _C.set_cuda_plan_cache_capacity(wrong)
+            cuda.set_plan_cache_capacity(wrong)
         with pytest.raises(RuntimeError, match=f"a limit in bytes >= 1, got {wrong}"):
-            _C.set_cuda_temporary_limit(wrong)
+            cuda.set_temporary_limit(wrong)
 
 
 def test_threads_share_the_cache(device):
     """Many threads, few plans, constant eviction: every result right, no plan used by two."""
-    _C.set_cuda_path("cufft")
-    _C.set_cuda_plan_cache_capacity(3)
+    cuda.set_path("cufft")
+    cuda.set_plan_cache_capacity(3)
     cases = [
         operands((t,), 2, 1, b, dtype=torch.float32, device=device)
         for t, b in ((2, 5), (3, 6), (2, 7), (2, 6))
@@ -544,7 +543,7 @@ def test_threads_share_the_cache(device):
 
 def test_a_functions_limit_of_shared_memory_is_the_same_for_every_launch(device, machine):
     """Between one thread's setting it and its launch, another thread may set it."""
-    _C.set_cuda_path("fused")
+    cuda.set_path("fused")
     for n in (8, 16):
         OPS.block_circ_conv(*operands((2,), 1, n, 256, dtype=torch.float32, device=device)[:2])
     limits = {event for event in machine.events() if event.startswith("shared memory limit")}
@@ -552,7 +551,7 @@ def test_a_functions_limit_of_shared_memory_is_the_same_for_every_launch(device,
 
 
 def test_threads_launch_the_fused_path_with_different_amounts_of_shared_memory(device):
-    _C.set_cuda_path("fused")
+    cuda.set_path("fused")
     cases = [operands((2,), 1, n, 256, dtype=torch.float32, device=device) for n in (1, 4, 8, 16)]
     expected = [OPS.block_circ_conv(x, w) for x, w, _ in cases]
     results = []
@@ -571,8 +570,8 @@ def test_threads_launch_the_fused_path_with_different_amounts_of_shared_memory(d
 
 
 def test_a_plan_that_a_graph_captured_is_never_dropped(device, machine):
-    _C.set_cuda_path("cufft")
-    _C.clear_cuda_plan_cache()
+    cuda.set_path("cufft")
+    cuda.clear_plan_cache()
     machine.use(stream=1)
     expected = run_cufft(2, 11, device)
     machine.use(stream=2)
@@ -588,21 +587,21 @@ def test_a_plan_that_a_graph_captured_is_never_dropped(device, machine):
     finally:
         machine.capture(False)
     captured = kept()
-    assert all(plan["captured"] for plan in _C.cuda_plan_cache()["plans"])
-    _C.set_cuda_plan_cache_capacity(1)
+    assert all(plan["captured"] for plan in cuda.plan_cache()["plans"])
+    cuda.set_plan_cache_capacity(1)
     run_cufft(2, 10, device)
     assert captured <= kept()
-    _C.clear_cuda_plan_cache()
+    cuda.clear_plan_cache()
     assert kept() == captured
 
 
 def test_plans_belong_to_their_device(device, machine):
-    _C.set_cuda_path("cufft")
-    _C.clear_cuda_plan_cache()
+    cuda.set_path("cufft")
+    cuda.clear_plan_cache()
     for which in (0, 1):
         machine.use(device=which)
         run_cufft(2, 6, device)
-    plans = _C.cuda_plan_cache()["plans"]
+    plans = cuda.plan_cache()["plans"]
     devices = [plan["device"] for plan in plans if plan["length"] == 6]
     assert sorted(devices) == [0, 0, 0, 1, 1, 1]
 
@@ -610,7 +609,7 @@ def test_plans_belong_to_their_device(device, machine):
 @pytest.mark.parametrize("path", ["fused", "cufft"])
 def test_everything_is_enqueued_on_the_current_stream_of_the_current_device(path, device, machine):
     """The emulated machine stops the process at work on any other stream."""
-    _C.set_cuda_path(path)
+    cuda.set_path(path)
     case = operands((5,), 2, 3, 64, dtype=torch.bfloat16, device=device)
     for which in (0, 1):
         for stream in (1, 2, 1, 0):
@@ -633,8 +632,8 @@ CUFFT_FAILURES = [
 
 @pytest.mark.parametrize(("call", "code", "name"), CUFFT_FAILURES)
 def test_an_error_of_cufft_is_named_and_nothing_is_broken_by_it(call, code, name, device, machine):
-    _C.set_cuda_path("cufft")
-    _C.clear_cuda_plan_cache()
+    cuda.set_path("cufft")
+    cuda.clear_plan_cache()
     machine.fail(call, code)
     shown = "cufftExec" if call.startswith("cufftExec") else call
     with pytest.raises(
@@ -656,7 +655,7 @@ def test_an_error_of_cufft_is_named_and_nothing_is_broken_by_it(call, code, name
     ],
 )
 def test_an_error_of_cuda_is_named_and_nothing_is_broken_by_it(path, call, device, machine):
-    _C.set_cuda_path(path)
+    cuda.set_path(path)
     case = operands((2,), 1, 30, 64, dtype=torch.bfloat16, device=device)
     machine.fail(call, 2)
     with pytest.raises(RuntimeError, match=rf"conv: {call}.* failed: cudaErrorMemoryAllocation"):
@@ -680,7 +679,7 @@ def test_an_unsupported_device_is_named(facts, device, machine):
 def in_another_process(code: str, **environment) -> str:
     options = ["-S"] if sys.flags.no_site else []
     run = subprocess.run(
-        [sys.executable, *options, "-c", f"import torch, c3a; from c3a import _C; {code}"],
+        [sys.executable, *options, "-c", f"import torch, c3a; from c3a import cuda; {code}"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -690,7 +689,7 @@ def in_another_process(code: str, **environment) -> str:
 
 
 def test_settings_start_from_the_environment(device):
-    facts = "_C.cuda_path(), _C.cuda_temporary_limit(), _C.cuda_plan_cache()['capacity']"
+    facts = "cuda.path(), cuda.temporary_limit(), cuda.plan_cache()['capacity']"
     settings = {"C3A_CUDA_PATH": "cufft", "C3A_CUDA_TEMPORARY_MIB": "3", "C3A_CUDA_PLANS": "7"}
     assert in_another_process(f"print({facts})", **settings) == f"cufft {3 << 20} 7"
     empty = dict.fromkeys(settings, "")
@@ -714,7 +713,7 @@ def test_a_wrong_setting_is_named_at_first_use_and_not_before(variable, value, s
     where = "cuda" if torch.version.cuda else "cpu"
     tensors = f"torch.empty(2, 4, device='{where}'), torch.empty(1, 1, 4, device='{where}')"
     use = f"c3a.block_circ_conv({tensors})"
-    for code in (use, "_C.cuda_path()"):
+    for code in (use, "cuda.path()"):
         assert re.search(said, in_another_process(code, **{variable: value}))
     assert in_another_process("print('imported')", **{variable: value}) == "imported"
 
@@ -741,7 +740,7 @@ def gpu(device):
 
 @pytest.mark.parametrize("path", ["fused", "cufft"])
 def test_a_captured_graph_replays_forward_and_backward(path, gpu):
-    _C.set_cuda_path(path)
+    cuda.set_path(path)
     x, w, g = operands((64,), 3, 2, 128, dtype=torch.float32, device=gpu)
     x.requires_grad_()
     w.requires_grad_()
@@ -782,10 +781,10 @@ def test_streams_run_side_by_side(gpu):
 
 
 def test_temporaries_stay_within_the_limit(gpu):
-    _C.set_cuda_path("cufft")
+    cuda.set_path("cufft")
     x, w, g = operands((8192,), 4, 4, 96, dtype=torch.bfloat16, device=gpu)
     limit = 8 << 20
-    _C.set_cuda_temporary_limit(limit)
+    cuda.set_temporary_limit(limit)
     OPS.block_circ_conv_backward(g, x, w)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import c3a
-from c3a import _library
+from c3a import _library, cuda
 from c3a.cli import info
 
 LIBRARIES = _library._libraries("libc3a_*.so")
@@ -69,15 +69,123 @@ def test_a_library_needs_torch_by_name_only_and_no_python(library):
     assert "RUNPATH" not in text
 
 
-def test_build_info_tells_version_compiler_target_and_cuda():
+def test_the_library_knows_version_compiler_target_cuda_and_level():
+    assert _library.fact("version") == metadata.version("c3a") == c3a.__version__
+    assert _library.fact("torch_target") == "2.10"
+    assert re.match(r"(GNU|Clang|AppleClang) \d+", _library.fact("compiler"))
+    has_library = any("cuda" in library.name for library in LIBRARIES)
+    assert (_library.fact("cuda_version") is not None) == has_library
+    assert (_library.fact("cuda_architectures") is not None) == has_library
+    assert re.match(r"x86-64-v[234](-bf16)?$|aarch64$|generic$|aten$|cuda", _library.cpu_level())
+
+
+def test_the_pybind11_module_tells_what_the_library_knows():
     module = pytest.importorskip("c3a._C", reason="built with C3A_PYBIND=OFF")
     build = module.build_info()
-    assert build["version"] == metadata.version("c3a")
-    assert build["torch_target"] == "2.10"
-    assert re.match(r"(GNU|Clang|AppleClang) \d+", build["compiler"])
-    has_library = any("cuda" in library.name for library in LIBRARIES)
-    assert (build["cuda"] is not None) == has_library
-    assert re.match(r"x86-64-v[234](-bf16)?$|aarch64$|generic$|aten$", module.cpu_capability())
+    assert module.cpu_capability() == _library.cpu_level()
+    for name in ("version", "compiler", "torch_target"):
+        assert build[name] == _library.fact(name)
+    told = build["cuda"] or {"version": None, "architectures": None}
+    assert told == {name: _library.fact(f"cuda_{name}") for name in told}
+
+
+def in_new_process(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    options = ["-S"] if sys.flags.no_site else []
+    return subprocess.run(
+        [sys.executable, *options, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+SETTINGS = [
+    lambda: cuda.path(),
+    lambda: cuda.set_path("cufft"),
+    lambda: cuda.temporary_limit(),
+    lambda: cuda.set_temporary_limit(2**70),
+    lambda: cuda.plan_cache(),
+    lambda: cuda.set_plan_cache_capacity(3),
+    lambda: cuda.clear_plan_cache(),
+]
+
+
+@pytest.mark.skipif("C3A_EMULATED" in os.environ, reason="the settings are there")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_of_a_cuda_library_that_is_not_loaded_says_so(setting):
+    if _library.loaded_cuda_library.path is not None:
+        pytest.skip("the CUDA library is loaded")
+    with pytest.raises(RuntimeError, match="^c3a: the CUDA library is not loaded; `c3a info`"):
+        setting()
+
+
+@pytest.mark.skipif("C3A_EMULATED" in os.environ, reason="has no levels")
+def test_a_wrong_level_is_an_error_of_the_facts_too():
+    code = "import c3a._library as l; print(l.cpu_level())"
+    run = in_new_process(f"import os; os.environ['C3A_CPU_LEVEL'] = 'i386'; {code}")
+    assert "RuntimeError: c3a: expected C3A_CPU_LEVEL to be one of" in run.stderr
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """Copy the installed package."""
+    for folder in _library._FOLDERS:
+        shutil.copytree(folder, tmp_path / "copy" / "c3a", dirs_exist_ok=True)
+    return tmp_path / "copy" / "c3a"
+
+
+# The hook of an editable installation goes before sys.path.
+FIRST_ON_THE_PATH = (
+    "import sys, torch; sys.meta_path[:] = [f for f in sys.meta_path if isinstance(f, type)]; "
+    "sys.path.insert(0, sys.argv[1]); "
+)
+
+
+def test_a_folder_without_metadata_is_imported(copy):
+    code = (
+        "from importlib import metadata; metadata.distributions = lambda **kwargs: (); "
+        "metadata.Distribution.from_name = metadata.Distribution.discover = None; "
+        "import c3a; print(c3a.__file__, c3a.__version__)"
+    )
+    run = in_new_process(FIRST_ON_THE_PATH + code, copy.parent)
+    assert run.stdout.split() == [str(copy / "__init__.py"), c3a.__version__], run.stderr
+
+
+def test_an_archive_is_refused_with_advice(copy):
+    archive = shutil.make_archive(str(copy.parent / "c3a"), "zip", copy.parent, "c3a")
+    run = in_new_process(FIRST_ON_THE_PATH + "import c3a", archive)
+    assert re.search(
+        rf"ImportError: c3a: cannot be imported from an archive, {archive}/c3a, for its libraries "
+        "are loaded from files; install c3a with pip$",
+        run.stderr.strip(),
+    )
+
+
+LOAD_A_COPY = """
+import importlib.util, sys
+folder = sys.argv[1]
+spec = importlib.util.spec_from_file_location(
+    "another", folder + "/__init__.py", submodule_search_locations=[folder]
+)
+module = sys.modules["another"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+
+
+@pytest.mark.parametrize(
+    "first", ["import c3a", "import torch as t; t.ops.load_library(sys.argv[2])"]
+)
+def test_a_second_copy_in_a_process_is_an_error_that_names_both(first, copy):
+    library = _library.cpu_library()
+    run = in_new_process(f"import sys; {first}\n{LOAD_A_COPY}", copy, library)
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.strip().splitlines()[-1] == (
+        "ImportError: c3a: the operators torch.ops.c3a are loaded already, from "
+        f"{library.resolve()}, so those of {copy / library.name} cannot be: one copy of c3a in a "
+        "process; after an installation, start Python again"
+    )
+
+
+def test_a_library_that_a_program_has_loaded_before_serves_the_import():
+    code = "import sys, torch; torch.ops.load_library(sys.argv[1]); import c3a; print('imported')"
+    assert in_new_process(code, _library.cpu_library()).stdout == "imported\n"
 
 
 def test_type_checkers_are_told_that_the_package_has_types():
@@ -138,6 +246,7 @@ def test_the_cuda_library_is_loaded_by_a_torch_of_its_cuda_major_only(
 def load(tmp_path, monkeypatch):
     """Load libraries of these names, with a torch for this CUDA; return what was loaded."""
     monkeypatch.setattr(_library, "_FOLDERS", [tmp_path])
+    monkeypatch.setattr(_library, "OPS", object())  # none is loaded yet
 
     def load(cuda: str | None, gpus: int, *names: str, broken: str = "") -> list[str]:
         def load_library(path):

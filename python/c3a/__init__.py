@@ -4,9 +4,7 @@
 and registers ``torch.ops.c3a.*`` with their Python rules.
 """
 
-from importlib.metadata import version as _version
-
-from . import _library  # noqa: F401  (loads the operators that the modules below give rules for)
+from . import _library  # loads the operators that the modules below give rules for
 from .adapter import load_adapter, save_adapter
 from .linear import C3ALinear
 from .ops import (
@@ -21,7 +19,7 @@ from .pretrained import load_pretrained
 from .reference import circulant
 from .summary import summary
 
-__version__ = _version("c3a")
+__version__ = _library.fact("version")
 
 __all__ = [
     "C3ALinear",

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from . import _private, shapes
+from ._library import OPS as _OPS
 
-_OPS = torch.ops.c3a
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Args = tuple[Any, ...]  # of an operator: tensors, None and constants
@@ -92,7 +92,7 @@ class Prepared:
     def refuse(self, args: _Args) -> None:
         """Raise where a gradient would be lost."""
         x, *_, w_hat_transposed = args
-        name = f"c3a.{self.op.name().removeprefix('c3a::')}"
+        name = f"c3a.{self.op.name().partition('::')[2]}"
         prepared = [t for t in (args[1], w_hat_transposed) if t is not None]
         if any(t.requires_grad for t in prepared) or _private.has_tangent(*prepared):
             raise RuntimeError(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import _private, autograd, flops, shapes, vmap
+from ._library import NAMESPACE
+from ._library import OPS as _OPS
 from ._private import DispatchKeySet, Overload
 
-_OPS = torch.ops.c3a
-_LIBRARY = torch.library.Library("c3a", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 Rule = Callable[..., Any]
 
 
@@ -167,7 +168,7 @@ def _version_rule(op: Overload) -> Rule:
     def kernel(keyset: DispatchKeySet, base: Any, *args: Any) -> None:
         if base is not None and base.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
-                f"c3a.{op.name().removeprefix('c3a::')}: expected to write a tensor of inference "
+                f"c3a.{op.name().partition('::')[2]}: expected to write a tensor of inference "
                 "mode within inference mode only; call base.clone() first"
             )
         _private.below_version_counting(op, keyset, base, *args)

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from . import operators  # noqa: F401  (their rules, without which they have no gradients)
+from ._library import OPS as _OPS
 from .autograd import typed_errors
-
-_OPS = torch.ops.c3a
 
 
 @typed_errors

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import _private
+from ._library import OPS as _OPS
 from .shapes import sums_dtype
 
-_OPS = torch.ops.c3a
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 

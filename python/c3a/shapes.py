@@ -49,7 +49,7 @@ def argument_check(op: _private.Overload) -> Callable[[Sequence[Any]], None]:
     It refuses None, tensors that are not dense, dtypes that the stable ABI has no number for, and
     expanded tensors where they are written.
     """
-    name = op.name().removeprefix("c3a::")
+    name = op.name().partition("::")[2]
     arguments = list(enumerate(_private.schema(op).arguments))
     tensors = [
         (place, a.name, str(a.type).startswith("Optional"))

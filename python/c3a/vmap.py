@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._library import OPS as _OPS
 from ._private import Overload
 from .shapes import widened
-
-_OPS = torch.ops.c3a
 
 
 class Info(Protocol):

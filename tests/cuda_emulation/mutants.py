@@ -440,7 +440,12 @@ class Workshop:
 
         configure = [
             *("cmake", "-S", self.sources, "-B", tree, "-G", "Ninja"),
-            *("-DSKBUILD_PROJECT_VERSION=0", "-DC3A_CUDA=OFF", "-DC3A_EMULATE_CUDA=CPU"),
+            *(
+                "-DSKBUILD_PROJECT_VERSION=0",
+                "-DSKBUILD_PROJECT_VERSION_FULL=0",
+                "-DC3A_CUDA=OFF",
+                "-DC3A_EMULATE_CUDA=CPU",
+            ),
             *(f"-DC3A_SANITIZE={sanitizer}", "-DCMAKE_BUILD_TYPE=Release"),
             *(f"-DPython_EXECUTABLE={sys.executable}",),
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

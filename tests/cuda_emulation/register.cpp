@@ -21,4 +21,4 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_T
 C3A_EMULATION_EXPORT const char* c3a_cpu_capability() { return "cuda-emulated"; }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(c3a, CPU, m) { c3a::Operators<c3a::cuda::Cuda>::register_all(m); }
+C3A_LIBRARY_IMPL(CPU, m) { c3a::Operators<c3a::cuda::Cuda>::register_all(m); }

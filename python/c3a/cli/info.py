@@ -7,6 +7,8 @@ from importlib import metadata
 
 import torch
 
+import c3a
+
 from .. import _library
 
 
@@ -19,20 +21,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def report() -> str:
     """Return the facts, one a line."""
-    facts = {"c3a": metadata.version("c3a")}
-    try:
-        from .. import _C
-    except ImportError:
-        facts["build"] = "without c3a._C (C3A_PYBIND=OFF)"
-    else:
-        build = _C.build_info()
-        facts["compiler"] = build["compiler"]
-        facts["torch target"] = f"{build['torch_target']} or newer"
-        cuda = build["cuda"]
-        facts["built for CUDA"] = (
-            f"{cuda['version']}, architectures {cuda['architectures']}" if cuda else "no"
-        )
-        facts["CPU capability"] = _C.cpu_capability()
+    cuda = _library.fact("cuda_version")
+    facts = {
+        "c3a": c3a.__version__,
+        "compiler": str(_library.fact("compiler")),
+        "torch target": f"{_library.fact('torch_target')} or newer",
+        "built for CUDA": (
+            f"{cuda}, architectures {_library.fact('cuda_architectures')}" if cuda else "no"
+        ),
+        "CPU capability": _library.cpu_level(),
+    }
     facts["CUDA library"] = str(_library.loaded_cuda_library)
     facts["torch"] = torch.__version__
     facts["torch CUDA"] = str(torch.version.cuda)
