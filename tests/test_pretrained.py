@@ -117,7 +117,12 @@ def test_where_peft_is_not_installed_a_folder_gives_the_base_and_says_so(
     model.save_pretrained(tmp_path)
     for module in (transformers.integrations.peft, transformers.models.auto.auto_factory):
         monkeypatch.setattr(module, "is_peft_available", lambda *_: False)
-    base = classifier(tmp_path)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()  # which other tests may have lowered
+    try:
+        base = classifier(tmp_path)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     assert re.search(r"bert\.pooler\.dense\.c3a_kernel +\| UNEXPECTED", caplog.text)
     expected = state_of(model)
     base_and_head = c3a.unpatch_model(model)  # to which the trained head comes back
