@@ -236,7 +236,7 @@ TAGGED = $(shell echo "$(WHEEL)" | sed -n 's/.*-cp3\([0-9]*\)-.*/3.\1/p')
 one-wheel-test: THEIRS = $(or $(filter %/python$(TAGGED),$(PYTHONS)),$(PYTHON))
 one-wheel-test:
 	$(THEIRS) -m venv --clear $(FROM_WHEELS)/venv
-	$(FROM_WHEELS)/venv/bin/python -m pip install --quiet $(TORCH) pytest numpy scipy transformers
+	$(FROM_WHEELS)/venv/bin/python -m pip install --quiet $(TORCH) pytest numpy scipy peft==0.21.2
 	CXX=/bin/false $(FROM_WHEELS)/venv/bin/python -m pip install --quiet --only-binary :all: "$(WHEEL)"
 	cd $(FROM_WHEELS) && venv/bin/python -m pytest $(WITHOUT_SOURCES:%=tests/%.py)
 
