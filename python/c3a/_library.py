@@ -17,8 +17,11 @@ _FOLDERS = [Path(folder) for folder in sys.modules[__package__].__path__]
 NAMESPACE = "c3a"
 OPS = getattr(torch.ops, NAMESPACE)
 
-# The majors of CUDA that the sources build a library for.
-_CUDA_MAJORS = ("13",)
+# The majors of CUDA that the sources build a library for, and where their compilers come from.
+_TOOLKITS = {
+    "13": "pip install 'cuda-toolkit[nvcc,cufft,cccl]==13.*'",
+    "12": "with nvcc 12.8 or newer of NVIDIA's toolkit (pip has none of it)",
+}
 
 
 def _libraries(pattern: str) -> list[Path]:
@@ -47,13 +50,15 @@ def cuda_library() -> CudaLibrary:
         return CudaLibrary(fitting[0], f"built for CUDA {major}, as this torch")
     built = [path.stem.partition("_cuda")[2] for path in _libraries(f"lib{NAMESPACE}_cuda*.so")]
     has = f"has CUDA {', '.join(built)} only" if built else "is built without CUDA"
-    if major in _CUDA_MAJORS:
+    if major in _TOOLKITS:
         remedy = (
-            f"pip install 'cuda-toolkit[nvcc,cufft,cccl]=={major}.*' and, in the folder of c3a's "
-            "sources, C3A_CUDA=ON pip install --force-reinstall --no-deps ."
+            f"{_TOOLKITS[major]} and, in the folder of c3a's sources, "
+            "C3A_CUDA=ON pip install --force-reinstall --no-deps ."
         )
     else:
-        remedy = f"install a torch built for CUDA {' or '.join(_CUDA_MAJORS)}"
+        remedy = ""
+    if major != max(_TOOLKITS):
+        remedy += f"{', or ' if remedy else ''}install a torch built for CUDA {max(_TOOLKITS)}"
     return CudaLibrary(None, f"this torch has CUDA {major}, this build of c3a {has}", remedy)
 
 
