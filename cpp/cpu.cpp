@@ -193,10 +193,10 @@ class Tiles {
         });
   }
 
-  // dw, and dx if it is given: then with the spectra of the transposed matrix
+  // dw, and dx if it is given: then with the spectra of the transposed matrix, onto a base if given
   void gradients(
       const Tensor& g, const Tensor& x, double scale, const Tensor& dw, const Tensor* w_hat,
-      const Tensor* dx) const {
+      const Tensor* dx, const Tensor* base) const {
     const Blocked in_g(g, p_.m, p_.b), in_x(x, p_.n, p_.b);
     const int64_t tile = tile_tokens((lanes_ == Lanes::blocks ? 2 : 4) * kTileBytes, 8);
     const int64_t tiles = (p_.tokens + tile - 1) / tile;
@@ -231,7 +231,7 @@ class Tiles {
               if (dx) {
                 multiply(p_.transposed(), count, g_hat, *w_hat, x_hat, ahead);
                 transform_back(
-                    x_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), nullptr, scratch, ahead);
+                    x_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), base, scratch, ahead);
               }
               if (i + 1 < last)
                 ahead = {in_g.range(t + tile, std::min(tile, p_.tokens - t - tile)), {}};
@@ -479,7 +479,8 @@ struct Cpu {
   static void gradients(const Gradients& c) {
     const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::gradients(c);
-    const ScalarType type = c.w ? compute_type({c.g, c.x, *c.w}) : compute_type({c.g, c.x, c.dw});
+    const ScalarType type =
+        c.w ? compute_type({c.g, c.x, *c.w, *c.dx}) : compute_type({c.g, c.x, c.dw});
     type == ScalarType::Float ? gradients_in<float>(c, *plan) : gradients_in<double>(c, *plan);
   }
 
@@ -541,11 +542,14 @@ struct Cpu {
     const Tiles<T> tiles(c.p, plan, c.g);
     const Tensor g = operand<T>(c.g), x = operand<T>(c.x);
     filled_in<T>(c.dw, [&](Tensor& dw) {
-      if (!c.dx) return tiles.gradients(g, x, c.scale, dw, nullptr, nullptr);
+      if (!c.dx) return tiles.gradients(g, x, c.scale, dw, nullptr, nullptr, nullptr);
       const Problem back = c.p.transposed();
       const Tensor w_hat =
           Tiles<T>(back, plan, c.g).spectra(operand<T>(*c.w), /* transposed= */ true, c.scale);
-      filled_in<T>(*c.dx, [&](Tensor& dx) { tiles.gradients(g, x, c.scale, dw, &w_hat, &dx); });
+      filled_in<T>(*c.dx, [&](Tensor& dx) {
+        const Tensor base = c.base ? operand<T>(*c.base) : dx;
+        tiles.gradients(g, x, c.scale, dw, &w_hat, &dx, c.base ? &base : nullptr);
+      });
     });
   }
 
