@@ -99,12 +99,22 @@ struct Blocked {
 
 enum class Lanes { tokens, blocks };
 
+// Memory of torch's allocator. By the one function of the ABI that does not go through boxes of
+// the dispatcher: at a few tokens those take longer than the arithmetic.
+Tensor memory_for(int64_t numbers, ScalarType type) {
+  const int64_t step = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &numbers, &step, static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // One call's memory for each of its threads, from torch's allocator.
 class Workspace {
  public:
-  Workspace(const Tensor& like, int64_t threads, int64_t bytes)
+  Workspace(int64_t threads, int64_t bytes)
       : bytes_(round_up(bytes, 64)),
-        memory_(torch::stable::new_empty(like, {threads * bytes_}, ScalarType::Byte)),
+        memory_(memory_for(threads * bytes_, ScalarType::Byte)),
         threads_(threads) {}
 
   // A part for the caller, each part once.
@@ -123,11 +133,10 @@ class Workspace {
 
 // Calls f(begin, end, part of the workspace) over [0, count), by torch's threads.
 template <class F>
-void parallel(
-    const Tensor& like, int64_t count, int64_t grain, int64_t bytes_per_thread, const F& f) {
+void parallel(int64_t count, int64_t grain, int64_t bytes_per_thread, const F& f) {
   const int64_t threads = std::min<int64_t>(
       torch::stable::get_num_threads(), std::max<int64_t>(1, (count + grain - 1) / grain));
-  Workspace workspace(like, threads, bytes_per_thread);
+  Workspace workspace(threads, bytes_per_thread);
   torch::stable::parallel_for(
       0, count, grain, [&](int64_t begin, int64_t end) { f(begin, end, workspace.take()); });
 }
@@ -139,15 +148,14 @@ class Tiles {
  public:
   static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
-  Tiles(const Problem& problem, const Plan& plan, const Tensor& like)
-      : p_(problem), f_(plan.transform<T>()), k_(kernel<T>()), like_(like), lanes_(choose()) {}
+  Tiles(const Problem& problem, const Plan& plan)
+      : p_(problem), f_(plan.transform<T>()), k_(kernel<T>()), lanes_(choose()) {}
 
   // Spectra times scale and what the transforms leave: of w (m, n, b), or where `transposed` of the
   // matrix that w (n, m, b) is the transposed one of.
   Tensor spectra(const Tensor& w, bool transposed, double scale) const {
     // The last vector may be read beyond the end.
-    const Tensor w_hat =
-        torch::stable::new_empty(like_, {f_.slots() * 2 * p_.m * p_.n + k_.lanes}, kType);
+    const Tensor w_hat = memory_for(f_.slots() * 2 * p_.m * p_.n + k_.lanes, kType);
     fill_spectra(Blocked(w, 1, p_.b), transposed, scale, numbers(w_hat));
     return w_hat;
   }
@@ -157,7 +165,7 @@ class Tiles {
     const Spectra<T> out = kernel_spectra(w_hat);
     const T factor = static_cast<T>(scale) / f_.gain();
     parallel(
-        like_, p_.n, grain(p_.m * p_.b), sizeof(T) * f_.scratch(k_.lanes),
+        p_.n, grain(p_.m * p_.b), sizeof(T) * f_.scratch(k_.lanes),
         [&](int64_t begin, int64_t end, char* scratch) {
           const Signals part{w.data + begin * row * bytes_of(w.type), w.type, row, column};
           const Spectra<T> to{out.data + begin * out.row, out.slot, out.row, out.width};
@@ -175,7 +183,7 @@ class Tiles {
     const int64_t tile = tile_tokens(2 * kTileBytes, 2);
     const int64_t in_size = slab_size(p_.n, tile), out_size = slab_size(p_.m, tile);
     parallel(
-        like_, (p_.tokens + tile - 1) / tile, grain(tile * (p_.n + p_.m) * p_.b),
+        (p_.tokens + tile - 1) / tile, grain(tile * (p_.n + p_.m) * p_.b),
         sizeof(T) * (in_size + out_size + f_.scratch(k_.lanes)),
         [&](int64_t begin, int64_t end, char* memory) {
           T* scratch = reinterpret_cast<T*>(memory);
@@ -207,13 +215,13 @@ class Tiles {
     // and so does the result.
     const int64_t most = std::max<int64_t>(1, 8 * 1024 * 1024 / (size * sizeof(T)));
     const int64_t parts = std::max<int64_t>(1, std::min({p_.tokens / 256, most, int64_t{16}}));
-    const Tensor sums = torch::stable::new_empty(like_, {parts * size}, kType);
+    const Tensor sums = memory_for(parts * size, kType);
     T* sum = numbers(sums);
     const auto spectra_of_part = [&](int64_t part) {
       return Spectra<T>{sum + part * size, p_.m * 2 * width, 2 * width, width};
     };
     parallel(
-        like_, parts, grain(p_.tokens * (p_.m + p_.n) * p_.b / parts),
+        parts, grain(p_.tokens * (p_.m + p_.n) * p_.b / parts),
         sizeof(T) * (g_size + x_size + f_.scratch(k_.lanes)),
         [&](int64_t begin, int64_t end, char* memory) {
           T* scratch = reinterpret_cast<T*>(memory);
@@ -251,7 +259,7 @@ class Tiles {
     const Blocked out(dw, p_.m * p_.n, p_.b);
     const Spectra<T> total = spectra_of_part(0);
     parallel(
-        like_, p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
+        p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
         [&](int64_t begin, int64_t end, char* scratch) {
           const Results to{out.at(0, begin * p_.n), nullptr, out.type, p_.n * p_.b, p_.b};
           const Spectra<T> from{total.data + begin * total.row, total.slot, total.row, width};
@@ -381,7 +389,6 @@ class Tiles {
   const Problem& p_;
   const Transform<T>& f_;
   const Kernel<T>& k_;
-  const Tensor& like_;
   Lanes lanes_;
 };
 
@@ -526,7 +533,7 @@ struct Cpu {
  private:
   template <class T>
   static void convolve_in(const Convolution& c, const Plan& plan) {
-    const Tiles<T> tiles(c.p, plan, c.in);
+    const Tiles<T> tiles(c.p, plan);
     const Tensor w_hat =
         c.form == Form::prepared
             ? c.kernel
@@ -539,13 +546,13 @@ struct Cpu {
 
   template <class T>
   static void gradients_in(const Gradients& c, const Plan& plan) {
-    const Tiles<T> tiles(c.p, plan, c.g);
+    const Tiles<T> tiles(c.p, plan);
     const Tensor g = operand<T>(c.g), x = operand<T>(c.x);
     filled_in<T>(c.dw, [&](Tensor& dw) {
       if (!c.dx) return tiles.gradients(g, x, c.scale, dw, nullptr, nullptr, nullptr);
       const Problem back = c.p.transposed();
       const Tensor w_hat =
-          Tiles<T>(back, plan, c.g).spectra(operand<T>(*c.w), /* transposed= */ true, c.scale);
+          Tiles<T>(back, plan).spectra(operand<T>(*c.w), /* transposed= */ true, c.scale);
       filled_in<T>(*c.dx, [&](Tensor& dx) {
         const Tensor base = c.base ? operand<T>(*c.base) : dx;
         tiles.gradients(g, x, c.scale, dw, &w_hat, &dx, c.base ? &base : nullptr);
@@ -557,7 +564,7 @@ struct Cpu {
   static void prepare_in(const Preparation& c, const Plan& plan) {
     const auto [count, m, n, b] = c.kernels;
     const Problem p{1, c.transposed ? n : m, c.transposed ? m : n, b};
-    const Tiles<T> tiles(p, plan, c.w);
+    const Tiles<T> tiles(p, plan);
     const Tensor w = operand<T>(c.w);
     const Blocked kernels(w, p.m * p.n, p.b);
     const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true);

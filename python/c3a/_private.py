@@ -162,7 +162,9 @@ _OF_TORCH = (torch.nn.Linear.__call__, torch.nn.Linear.forward, torch.nn.functio
 def _sees_functions() -> bool:
     """Return whether a mode sees calls of torch's functions, other than the default device's."""
     count = _len_torch_function_stack()
-    return any([type(_get_function_stack_at(i)) is not DeviceContext for i in range(count)])
+    return count > 0 and any(
+        type(_get_function_stack_at(i)) is not DeviceContext for i in range(count)
+    )
 
 
 def frozen_linear(module: torch.nn.Module) -> tuple[Tensor, Tensor | None] | None:

@@ -527,7 +527,8 @@ def _linear_node(name: str, product: Product) -> _Node:
         wanted = ctx.needs_input_grad[2:4]
         saved = ctx.saved_tensors
         kept, weight = saved[:2], saved[2]
-        if _is_alone(ctx, h, saved):
+        tensors = [t for t in saved if t is not None]
+        if not ctx.is_dual and _is_alone(h, tensors):
             with _private.kernels_only(), _private.autocast_disabled():
                 if wanted[0]:
                     dx = h.matmul(weight)
@@ -559,14 +560,13 @@ def _linear_node(name: str, product: Product) -> _Node:
     return _node(name, {key: staticmethod(f) for key, f in functions.items()})
 
 
-def _is_alone(ctx: _Context, h: Tensor, saved: _Args) -> bool:
+def _is_alone(h: Tensor, saved: list[Tensor]) -> bool:
     """Return whether nothing differentiates, traces, wraps or transforms a backward pass."""
     return (
         not torch.is_grad_enabled()
-        and not ctx.is_dual
         and h.layout == torch.strided
-        and _private.is_plain(h)
-        and _private.is_ordinary(*_tensors(saved))
+        and _private.is_ordinary(h, *saved)
+        and not _private.has_tangent(h)
     )
 
 
