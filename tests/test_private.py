@@ -39,6 +39,7 @@ NAMES = [
 ]
 # What is reached through those and through public names.
 ATTRIBUTES = [
+    "torch._C._functorch.is_legacy_batchedtensor",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._VariableFunctions._unpack_dual",
     "torch.autograd.Function._compiled_autograd_key",

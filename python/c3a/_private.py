@@ -53,6 +53,7 @@ __all__ = [
     "frozen_linear",
     "has_tangent",
     "in_transform",
+    "is_batch_of_gradients",
     "is_ordinary",
     "is_plain",
     "is_sole_owner",
@@ -120,6 +121,11 @@ def below_version_counting(op: Overload, keyset: DispatchKeySet, *args: Any) -> 
     """Call what the dispatcher has below the ADInplaceOrView kernel."""
     with _AutoDispatchBelowADInplaceOrView():
         return op.redispatch(keyset & _after_ADInplaceOrView_keyset, *args)
+
+
+def is_batch_of_gradients(t: Tensor) -> bool:
+    """Return whether a tensor stands for a batch of them (``is_grads_batched``)."""
+    return _functorch.is_legacy_batchedtensor(t)
 
 
 def has_tangent(*tensors: Tensor) -> bool:

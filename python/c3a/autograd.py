@@ -371,11 +371,9 @@ def in_place_rule(op: _private.Overload, functional: _private.Overload) -> _Func
     return kernel
 
 
-def _halves(
-    g: Tensor, x: Tensor, w: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return both gradients, the input's in ``dtype`` at least, differentiable."""
-    dx = _INPUT_GRAD(shapes.widened(g, dtype), w, scale)
+def _halves(g: Tensor, x: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return both gradients, the input's in the dtype of ``x`` at least, differentiable."""
+    dx = _INPUT_GRAD(shapes.widened(g, x.dtype), w, scale)
     return dx, _KERNEL_GRAD(g, x, w.shape[-1], w.dtype, scale)
 
 
@@ -389,7 +387,7 @@ def pair_rule(op: _private.Overload) -> _Function:
     ) -> Any:
         check((g, x, w))
         if _needs_graph(g, x, w) or _private.has_tangent(g, x, w):
-            dx, dw = _halves(g, x, w, scale, x.dtype)
+            dx, dw = _halves(g, x, w, scale)
             return dx.to(x.dtype), dw
         return _compute(op, keyset, g, x, w, scale)
 
@@ -411,7 +409,7 @@ def pair_in_place_rule(op: _private.Overload) -> _Function:
     ) -> Any:
         check((dx, g, x, w))
         if _needs_graph(dx, g, x, w) or _private.has_tangent(dx, g, x, w):
-            more, dw = _halves(g, x, w, scale, dx.dtype)
+            more, dw = _halves(g, shapes.widened(x, dx.dtype), w, scale)
             dx.copy_(dx + more)
             return dw
         return _compute(op, keyset, dx, g, x, w, scale)
@@ -566,6 +564,7 @@ def _is_alone(h: Tensor, saved: list[Tensor]) -> bool:
         not torch.is_grad_enabled()
         and h.layout == torch.strided
         and _private.is_ordinary(h, *saved)
+        and not _private.is_batch_of_gradients(h)
         and not _private.has_tangent(h)
     )
 

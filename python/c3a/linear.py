@@ -192,10 +192,10 @@ class C3ALinear(nn.Module):
             return autograd.add_to_linear(autograd.FORWARD, *frozen, x, kernel, scale)
         y: Tensor = base(x)
         is_plain = _private.is_plain(y, x, kernel)
-        if is_plain and x.requires_grad and torch.is_grad_enabled():
-            if self._passing_base != id(base):
-                self._passing_base = id(base)
-                _warn_of_a_cut_graph(base, x, y)
+        wants_grad = is_plain and x.requires_grad and torch.is_grad_enabled()
+        if wants_grad and self._passing_base != id(base):
+            self._passing_base = id(base)
+            _warn_of_a_cut_graph(base, x, y)
         more_in, more_out = self._pad
         x = F.pad(x, (0, more_in)) if more_in else x
         prepared = self._prepared_for(kernel, scale, x, y) if is_plain else None

@@ -170,13 +170,13 @@ def _autocast_rule(op: Overload, device_type: str) -> Rule:
 def _version_rule(op: Overload) -> Rule:
     """Count a write in place, by which autograd finds saved tensors that were changed."""
 
-    name = _private.schema(op).arguments[0].name
+    written = _private.schema(op).arguments[0].name
 
     def kernel(keyset: DispatchKeySet, base: Any, *args: Any) -> Any:
         if base is not None and base.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"c3a.{op.name().removeprefix('c3a::')}: expected to write a tensor of inference "
-                "mode within inference mode only; call {name}.clone() first"
+                f"mode within inference mode only; call {written}.clone() first"
             )
         result = _private.below_version_counting(op, keyset, base, *args)
         torch.autograd.graph.increment_version(base)

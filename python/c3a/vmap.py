@@ -157,9 +157,7 @@ def pair(input_grad_rule: Rule, kernel_grad_rule: Rule) -> PairRule:
 
 
 def pair_in_place(name: str, pair_rule: PairRule) -> Rule:
-    def rule(
-        info: Info, in_dims: Dims, dx: Tensor, g: Tensor, x: Tensor, *rest: Any
-    ) -> Result:
+    def rule(info: Info, in_dims: Dims, dx: Tensor, g: Tensor, x: Tensor, *rest: Any) -> Result:
         _check_batched(name, "grad_input", in_dims[0], "block_circ_conv_backward")
         # Not rounded below the dtype of what it is added onto on the way.
         x = widened(x, dx.dtype)
