@@ -241,7 +241,7 @@ def test_a_gradient_that_is_added_onto_keeps_its_dtype(dtypes, device):
     kinds = (torch.float32, torch.bfloat16, torch.float64)
     x, w, g = operands((9,), 2, 3, 8, device=device)
     x, w, g = x.bfloat16(), w.bfloat16(), g.bfloat16()  # exact in each of them
-    onto = x.to(kinds[dtypes[0]])
+    onto = x.to(kinds[dtypes[0]], copy=True)
     dw = OPS.block_circ_conv_backward_add_(onto, g.to(kinds[dtypes[1]]), x, w.to(kinds[dtypes[2]]))
     _, dx, exact_dw = dense_results(x, w, g)
     for got, exact in ((onto, x.double().cpu() + dx), (dw, exact_dw)):

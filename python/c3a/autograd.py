@@ -526,11 +526,12 @@ def _linear_node(name: str, product: Product) -> _Node:
         saved = ctx.saved_tensors
         kept, weight = saved[:2], saved[2]
         tensors = [t for t in saved if t is not None]
+        dx: Tensor | None
         if not ctx.is_dual and _is_alone(h, tensors):
             with _private.kernels_only(), _private.autocast_disabled():
                 if wanted[0]:
-                    dx = h.matmul(weight)
-                    dw = in_place.add_gradient(dx, h, kept, ctx.saved, wanted)
+                    dx = share = h.matmul(weight)
+                    dw = in_place.add_gradient(share, h, kept, ctx.saved, wanted)
                 else:
                     dx, dw = product.gradients(h, kept, ctx.saved, wanted)
         else:

@@ -120,18 +120,19 @@ def summed(product_rule: Rule) -> Rule:
     return rule
 
 
-def _check_batched(name: str, what: str, dim: int | None, functional: str) -> None:
+def _batched(name: str, what: str, dim: int | None, functional: str) -> int:
     if dim is None:
         raise RuntimeError(
             f"c3a.{name}: vmap cannot write a batch into a {what} that has none; use {functional}"
         )
+    return dim
 
 
 def in_place(name: str, sum_rule: Rule) -> Callable[..., tuple[None, None]]:
     def rule(info: Info, in_dims: Dims, base: Tensor, *args: Any) -> tuple[None, None]:
-        _check_batched(name, "base", in_dims[0], name.removesuffix("_"))
+        dim = _batched(name, "base", in_dims[0], name.removesuffix("_"))
         result, _ = sum_rule(info, in_dims, base, *args)
-        base.movedim(in_dims[0], 0).copy_(result)
+        base.movedim(dim, 0).copy_(result)
         return None, None
 
     return rule
@@ -158,11 +159,11 @@ def pair(input_grad_rule: Rule, kernel_grad_rule: Rule) -> PairRule:
 
 def pair_in_place(name: str, pair_rule: PairRule) -> Rule:
     def rule(info: Info, in_dims: Dims, dx: Tensor, g: Tensor, x: Tensor, *rest: Any) -> Result:
-        _check_batched(name, "grad_input", in_dims[0], "block_circ_conv_backward")
+        dim = _batched(name, "grad_input", in_dims[0], "block_circ_conv_backward")
         # Not rounded below the dtype of what it is added onto on the way.
         x = widened(x, dx.dtype)
         (more, dw), (more_dim, dw_dim) = pair_rule(info, in_dims[1:], g, x, *rest)
-        dx = dx.movedim(in_dims[0], 0)
+        dx = dx.movedim(dim, 0)
         dx.copy_(dx + (more if more_dim is None else more.movedim(more_dim, 0)))
         return dw, dw_dim
 
