@@ -1,5 +1,6 @@
 """A frozen nn.Linear and its adapter as one node of the graph, and where they stay two."""
 
+import os
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -193,8 +194,8 @@ def test_an_input_that_no_gradient_needs_is_not_kept():
 
 
 def test_a_step_takes_one_activation_less_than_with_two_nodes(device):
-    if device.type != "cpu":
-        pytest.skip("the profiler counts the CPU's memory")
+    if device.type != "cpu" or "C3A_EMULATED" in os.environ:
+        pytest.skip("of the CPU's kernels: other temporaries are larger than an activation")
     layer = c3a.C3ALinear(nn.Linear(512, 512), 64)
     twin = twin_of(layer)
 

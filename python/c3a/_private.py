@@ -151,7 +151,7 @@ def is_ordinary(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _PLAIN_TYPES.issuperset(map(type, tensors))
-        and not in_transform()
+        and _functorch.peek_interpreter_stack() is None
         and _len_torch_dispatch_stack() == 0
         and _get_tracing_state() is None
     )

@@ -218,8 +218,14 @@ def _forward(ctx: _Context, product: Product, first: int, call: _Call, args: _Ar
 
 
 def _save_for_tangents(ctx: _Context, operands: _Args) -> None:
-    ctx.save_for_forward(*[t if isinstance(t, Tensor) else None for t in operands])
-    ctx.constants = tuple([None if isinstance(t, Tensor) else t for t in operands])
+    tensors: list[Tensor | None] = []
+    constants = []
+    for t in operands:
+        is_tensor = isinstance(t, Tensor)
+        tensors.append(t if is_tensor else None)
+        constants.append(None if is_tensor else t)
+    ctx.save_for_forward(*tensors)
+    ctx.constants = tuple(constants)
     ctx.set_materialize_grads(False)
 
 
@@ -582,6 +588,6 @@ def add_to_linear(
     """Return ``F.linear(x, weight, bias)`` plus a product of ``x``, as one node of the graph.
 
     For an ordinary call (``_private.is_ordinary``) that wants a gradient, with a weight and a bias
-    that want none, in the dtype of ``x``.
+    that want none, in the dtype of ``x``, and all arguments of the product.
     """
-    return _ON_LINEAR[product].apply(weight, bias, x, *product.complete((x, *args))[1:])
+    return _ON_LINEAR[product].apply(weight, bias, x, *args)

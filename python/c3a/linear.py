@@ -220,8 +220,8 @@ class C3ALinear(nn.Module):
         """Return the base layer's weight and bias where it and the adapter can be one node."""
         if (
             not torch.is_grad_enabled()
-            or not (kernel.requires_grad or x.requires_grad)
             or not _private.is_ordinary(x, kernel)
+            or not (kernel.requires_grad or x.requires_grad)
             or self._pad != (0, 0)
         ):
             return None
