@@ -116,7 +116,7 @@ emulated:
 	$(MAKE) --jobs 2 $(addprefix emulated-,OFF address thread)
 	$(call EMULATED_AT,OFF) $(PYTEST_THERE) tests/test_cuda.py tests/test_cuda_emulation.py \
 		tests/test_operator.py tests/test_errors.py tests/test_rules.py tests/test_prepared.py \
-		tests/test_linear.py tests/test_patch.py
+		tests/test_linear.py tests/test_node.py tests/test_patch.py
 	C3A_EMULATION_SEED=1 $(call EMULATED_AT,OFF) $(PYTEST_THERE) tests/test_cuda.py -k tiny
 	$(call EMULATED_AT,address) $(ADDRESS) $(PYTEST_THERE) tests/test_cuda.py tests/test_operator.py
 	$(call EMULATED_AT,thread) $(THREAD) $(PYTEST_THERE) tests/test_cuda.py -s -k "tiny or threads"

@@ -66,11 +66,12 @@ void Aten::convolve(const Convolution& c) {
 
 void Aten::gradients(const Gradients& c) {
   const Problem& p = c.p;
-  const ScalarType type = c.w ? compute_type({c.g, c.x, *c.w}) : compute_type({c.g, c.x, c.dw});
+  const ScalarType type =
+      c.w ? compute_type({c.g, c.x, *c.w, *c.dx}) : compute_type({c.g, c.x, c.dw});
   const Tensor g_hat = spectra(c.g, type, p.tokens, p.m, p.b);
   if (c.dx) {
     const Tensor w_hat = kernel_spectra(p, *c.w, type, /* transposed= */ false, c.scale);
-    inverse(torch::stable::matmul(g_hat, w_hat), p.b, nullptr, *c.dx);
+    inverse(torch::stable::matmul(g_hat, w_hat), p.b, c.base, *c.dx);
   }
   const Tensor x_hat = spectra(c.x, type, p.tokens, p.n, p.b);
   const Tensor dw_hat = torch::stable::matmul(adjoint_of(g_hat), x_hat);

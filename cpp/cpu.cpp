@@ -139,12 +139,22 @@ struct Blocked {
 
 enum class Lanes { tokens, blocks };
 
+// Memory of torch's allocator. By the one function of the ABI that does not go through boxes of
+// the dispatcher: at a few tokens those take longer than the arithmetic.
+Tensor memory_for(int64_t numbers, ScalarType type) {
+  const int64_t step = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &numbers, &step, static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // One call's memory for each of its threads, from torch's allocator.
 class Workspace {
  public:
-  Workspace(const Tensor& like, int64_t threads, int64_t bytes)
+  Workspace(int64_t threads, int64_t bytes)
       : bytes_(round_up(bytes, 64)),
-        memory_(torch::stable::new_empty(like, {threads * bytes_}, ScalarType::Byte)),
+        memory_(memory_for(threads * bytes_, ScalarType::Byte)),
         threads_(threads) {}
 
   // A part for the caller, each part once.
@@ -163,11 +173,10 @@ class Workspace {
 
 // Calls f(begin, end, part of the workspace) over [0, count), by torch's threads.
 template <class F>
-void parallel(
-    const Tensor& like, int64_t count, int64_t grain, int64_t bytes_per_thread, const F& f) {
+void parallel(int64_t count, int64_t grain, int64_t bytes_per_thread, const F& f) {
   const int64_t threads = std::min<int64_t>(
       torch::stable::get_num_threads(), std::max<int64_t>(1, (count + grain - 1) / grain));
-  Workspace workspace(like, threads, bytes_per_thread);
+  Workspace workspace(threads, bytes_per_thread);
   torch::stable::parallel_for(
       0, count, grain, [&](int64_t begin, int64_t end) { f(begin, end, workspace.take()); });
 }
@@ -179,15 +188,14 @@ class Tiles {
  public:
   static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
-  Tiles(const Problem& problem, const Plan& plan, const Tensor& like)
-      : p_(problem), f_(plan.transform<T>()), k_(kernel<T, S>()), like_(like), lanes_(choose()) {}
+  Tiles(const Problem& problem, const Plan& plan)
+      : p_(problem), f_(plan.transform<T>()), k_(kernel<T, S>()), lanes_(choose()) {}
 
   // Spectra times scale and what the transforms leave: of w (m, n, b), or where `transposed` of the
   // matrix that w (n, m, b) is the transposed one of.
   Tensor spectra(const Tensor& w, bool transposed, double scale) const {
     // The last vector may be read beyond the end.
-    const Tensor w_hat =
-        torch::stable::new_empty(like_, {f_.slots() * 2 * p_.m * p_.n + k_.lanes}, kType);
+    const Tensor w_hat = memory_for(f_.slots() * 2 * p_.m * p_.n + k_.lanes, kType);
     fill_spectra(Blocked(w, 1, p_.b), transposed, scale, numbers(w_hat));
     return w_hat;
   }
@@ -198,7 +206,7 @@ class Tiles {
     const Role role = transposed ? Role::transposed_weights : Role::weights;
     const T factor = static_cast<T>(scale) / f_.gain();
     parallel(
-        like_, p_.n, grain(p_.m * p_.b), sizeof(T) * f_.scratch(k_.lanes),
+        p_.n, grain(p_.m * p_.b), sizeof(T) * f_.scratch(k_.lanes),
         [&](int64_t begin, int64_t end, char* scratch) {
           const Signals part{w.data + begin * row * bytes_of(w.type), w.type, row, column};
           const Spectra<S> to{out.data + begin * out.row, out.slot, out.row, out.width};
@@ -216,7 +224,7 @@ class Tiles {
     const int64_t tile = tile_tokens(2 * kTileBytes, 2);
     const int64_t in_size = slab_bytes<S>(p_.n, tile), out_size = slab_bytes<T>(p_.m, tile);
     parallel(
-        like_, (p_.tokens + tile - 1) / tile, grain(tile * (p_.n + p_.m) * p_.b),
+        (p_.tokens + tile - 1) / tile, grain(tile * (p_.n + p_.m) * p_.b),
         scratch_bytes() + in_size + out_size, [&](int64_t begin, int64_t end, char* memory) {
           T* scratch = reinterpret_cast<T*>(memory);
           char* in_slab = memory + scratch_bytes();
@@ -233,10 +241,10 @@ class Tiles {
         });
   }
 
-  // dw, and dx if it is given: then with the spectra of the transposed matrix
+  // dw, and dx if it is given: then with the spectra of the transposed matrix, onto a base if given
   void gradients(
       const Tensor& g, const Tensor& x, double scale, const Tensor& dw, const Tensor* w_hat,
-      const Tensor* dx) const {
+      const Tensor* dx, const Tensor* base) const {
     const Blocked in_g(g, p_.m, p_.b), in_x(x, p_.n, p_.b);
     const int64_t tile = tile_tokens((lanes_ == Lanes::blocks ? 2 : 4) * kTileBytes, 8);
     const int64_t tiles = (p_.tokens + tile - 1) / tile;
@@ -249,14 +257,14 @@ class Tiles {
     // and so does the result.
     const int64_t most = std::max<int64_t>(1, 8 * 1024 * 1024 / (size * sizeof(T)));
     const int64_t parts = std::max<int64_t>(1, std::min({p_.tokens / 256, most, int64_t{16}}));
-    const Tensor sums = torch::stable::new_empty(like_, {parts * size}, kType);
+    const Tensor sums = memory_for(parts * size, kType);
     T* sum = numbers<T>(sums);
     const auto spectra_of_part = [&](int64_t part) {
       return Spectra<T>{sum + part * size, p_.m * 2 * width, 2 * width, width};
     };
     parallel(
-        like_, parts, grain(p_.tokens * (p_.m + p_.n) * p_.b / parts),
-        scratch_bytes() + g_size + x_size, [&](int64_t begin, int64_t end, char* memory) {
+        parts, grain(p_.tokens * (p_.m + p_.n) * p_.b / parts), scratch_bytes() + g_size + x_size,
+        [&](int64_t begin, int64_t end, char* memory) {
           T* scratch = reinterpret_cast<T*>(memory);
           char* g_slab = memory + scratch_bytes();
           char* x_slab = g_slab + g_size;
@@ -273,7 +281,7 @@ class Tiles {
                 const Spectra<T> dx_hat = slab<T>(x_slab, p_.n, count);
                 multiply(p_.transposed(), count, g_hat, *w_hat, dx_hat, ahead);
                 transform_back(
-                    dx_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), nullptr, scratch, ahead);
+                    dx_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), base, scratch, ahead);
               }
               if (i + 1 < last)
                 ahead = {in_g.range(t + tile, std::min(tile, p_.tokens - t - tile)), {}};
@@ -293,7 +301,7 @@ class Tiles {
     const Blocked out(dw, p_.m * p_.n, p_.b);
     const Spectra<T> total = spectra_of_part(0);
     parallel(
-        like_, p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
+        p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
         [&](int64_t begin, int64_t end, char* scratch) {
           const Results to{out.at(0, begin * p_.n), nullptr, out.type, p_.n * p_.b, p_.b};
           const Spectra<T> from{total.data + begin * total.row, total.slot, total.row, width};
@@ -430,7 +438,6 @@ class Tiles {
   const Problem& p_;
   const Transform<T>& f_;
   const Kernel<T, S>& k_;
-  const Tensor& like_;
   Lanes lanes_;
 };
 
@@ -545,7 +552,7 @@ struct Cpu {
     const bool pairs = prepared ? made_as(c.p, c.kernel, Tag::As::pairs)
                                 : by_pairs({c.in.scalar_type(), c.out.scalar_type()});
     with_types(compute_type({c.in, c.kernel, c.out}), pairs, [&]<class T, class S>() {
-      const Tiles<T, S> tiles(c.p, *plan, c.in);
+      const Tiles<T, S> tiles(c.p, *plan);
       const Tensor w_hat =
           prepared ? c.kernel
                    : tiles.spectra(operand<T>(c.kernel), c.form == Form::transposed, c.scale);
@@ -559,17 +566,21 @@ struct Cpu {
   static void gradients(const Gradients& c) {
     const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::gradients(c);
-    const ScalarType type = c.w ? compute_type({c.g, c.x, *c.w}) : compute_type({c.g, c.x, c.dw});
+    const ScalarType type =
+        c.w ? compute_type({c.g, c.x, *c.w, *c.dx}) : compute_type({c.g, c.x, c.dw});
     const bool pairs = by_pairs({c.g.scalar_type(), c.x.scalar_type()});
     with_types(type, pairs, [&]<class T, class S>() {
-      const Tiles<T, S> tiles(c.p, *plan, c.g);
+      const Tiles<T, S> tiles(c.p, *plan);
       const Tensor g = operand<T>(c.g), x = operand<T>(c.x);
       filled_in<T>(c.dw, [&](Tensor& dw) {
-        if (!c.dx) return tiles.gradients(g, x, c.scale, dw, nullptr, nullptr);
+        if (!c.dx) return tiles.gradients(g, x, c.scale, dw, nullptr, nullptr, nullptr);
         const Problem back = c.p.transposed();
-        const Tensor w_hat = Tiles<T, S>(back, *plan, c.g)
-                                 .spectra(operand<T>(*c.w), /* transposed= */ true, c.scale);
-        filled_in<T>(*c.dx, [&](Tensor& dx) { tiles.gradients(g, x, c.scale, dw, &w_hat, &dx); });
+        const Tensor w_hat =
+            Tiles<T, S>(back, *plan).spectra(operand<T>(*c.w), /* transposed= */ true, c.scale);
+        filled_in<T>(*c.dx, [&](Tensor& dx) {
+          const Tensor base = c.base ? operand<T>(*c.base) : dx;
+          tiles.gradients(g, x, c.scale, dw, &w_hat, &dx, c.base ? &base : nullptr);
+        });
       });
     });
   }
@@ -585,7 +596,7 @@ struct Cpu {
         const Problem p{
             1, c.transposed ? c.kernels.n : c.kernels.m, c.transposed ? c.kernels.m : c.kernels.n,
             c.kernels.b};
-        const Tiles<T, S> tiles(p, *plan, c.w);
+        const Tiles<T, S> tiles(p, *plan);
         const Tensor w = operand<T>(c.w);
         const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true);
         for (int64_t kernel = 0; kernel < c.kernels.count; ++kernel) {

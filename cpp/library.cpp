@@ -16,6 +16,9 @@ C3A_LIBRARY(m) {
       "block_circ_conv_backward(Tensor grad_output, Tensor x, Tensor w, float scale=1.0) "
       "-> (Tensor, Tensor)");
   m.def(
+      "block_circ_conv_backward_add_(Tensor(a!) grad_input, Tensor grad_output, Tensor x, "
+      "Tensor w, float scale=1.0) -> Tensor");
+  m.def(
       "prepare(Tensor w, ScalarType? dtype=None, bool transposed=False, float scale=1.0) -> Tensor");
   m.def(
       "block_circ_conv_prepared(Tensor x, Tensor w_hat, int block_size, "

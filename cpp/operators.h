@@ -45,8 +45,8 @@ struct Convolution {
   Tensor& out;
 };
 
-// dw = scale * g^T x by blocks, and dx = scale * (g times the transposed matrix of w) where asked
-// for
+// dw = scale * g^T x by blocks, and dx = base + scale * (g times the transposed matrix of w) where
+// asked for
 struct Gradients {
   Problem p;
   const Tensor& g;
@@ -55,6 +55,7 @@ struct Gradients {
   Tensor& dw;
   const Tensor* w = nullptr;  // with dx
   Tensor* dx = nullptr;
+  const Tensor* base = nullptr;  // of dx's shape and dtype, or none; may be `dx`
 };
 
 // out: the spectra, times scale, of kernels (m, n, b) or their transposed ones; as many tensors of
@@ -120,16 +121,26 @@ struct Operators {
   static std::tuple<Tensor, Tensor> backward(Tensor g, Tensor x, Tensor w, double scale) {
     const char* op = "block_circ_conv_backward";
     return named(op, [&]() -> std::tuple<Tensor, Tensor> {
-      const Problem p = problem_of(op, {"x", x}, w, "n");
-      problem_of(op, {"grad_output", g}, w, "m");
-      check_same_device(op, {"grad_output", g}, {"x", x});
-      check_same_leading(op, g, x);
+      const Problem p = problem_of_pair(op, g, x, w);
       Tensor dx = torch::stable::new_empty(x, sizes(x, p.in_features()));
-      if (p.tokens == 0) return {dx, torch::stable::new_zeros(w, {p.m, p.n, p.b})};
-      Tensor dw = torch::stable::new_empty(w, {p.m, p.n, p.b});
-      const Tensor g_in = contiguous(g), x_in = contiguous(x), w_in = contiguous(w);
-      Backend::gradients({p, g_in, x_in, scale, dw, &w_in, &dx});
-      return {dx, dw};
+      return {dx, both(p, g, x, w, scale, dx, nullptr)};
+    });
+  }
+
+  static Tensor backward_add_(Tensor dx, Tensor g, Tensor x, Tensor w, double scale) {
+    const char* op = "block_circ_conv_backward_add_";
+    return named(op, [&] {
+      const Problem p = problem_of_pair(op, g, x, w);
+      check_base(op, {"grad_input", dx}, x, p.in_features());
+      check_writable(op, {"grad_input", dx});
+      const Tensor from = contiguous(dx);
+      if (dx.is_contiguous() && !meet(dx, g) && !meet(dx, x) && !meet(dx, w)) {
+        return both(p, g, x, w, scale, dx, &from);
+      }
+      Tensor sum = torch::stable::new_empty(dx, sizes(dx, p.in_features()));
+      const Tensor dw = both(p, g, x, w, scale, sum, &from);
+      torch::stable::copy_(dx, sum);
+      return dw;
     });
   }
 
@@ -191,6 +202,7 @@ struct Operators {
     m.impl("block_circ_conv_input_grad", TORCH_BOX(&input_grad));
     m.impl("block_circ_conv_kernel_grad", TORCH_BOX(&kernel_grad));
     m.impl("block_circ_conv_backward", TORCH_BOX(&backward));
+    m.impl("block_circ_conv_backward_add_", TORCH_BOX(&backward_add_));
     m.impl("prepare", TORCH_BOX(&prepare));
     m.impl("block_circ_conv_prepared", TORCH_BOX(&prepared));
     m.impl("block_circ_conv_prepared_add", TORCH_BOX(&prepared_add));
@@ -212,7 +224,10 @@ struct Operators {
     return s;
   }
 
-  static Tensor contiguous(const Tensor& t) { return torch::stable::contiguous(t); }
+  // Asked first, since the call takes a microsecond.
+  static Tensor contiguous(const Tensor& t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  }
 
   static void fill(
       const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
@@ -220,6 +235,17 @@ struct Operators {
     if (p.tokens == 0) return;
     const Tensor kernel_in = contiguous(kernel), in = contiguous(x);
     Backend::convolve({op, p, form, kernel_in, scale, in, base, out});
+  }
+
+  // Fills dx, onto `base` if given, and returns dw.
+  static Tensor both(
+      const Problem& p, const Tensor& g, const Tensor& x, const Tensor& w, double scale, Tensor& dx,
+      const Tensor* base) {
+    if (p.tokens == 0) return torch::stable::new_zeros(w, {p.m, p.n, p.b});
+    Tensor dw = torch::stable::new_empty(w, {p.m, p.n, p.b});
+    const Tensor g_in = contiguous(g), x_in = contiguous(x), w_in = contiguous(w);
+    Backend::gradients({p, g_in, x_in, scale, dw, &w_in, &dx, base});
+    return dw;
   }
 
   static Tensor convolved(
@@ -246,7 +272,7 @@ struct Operators {
       const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
       const Tensor& x, Tensor& base) {
     check_add(op, p, form, kernel, x, base);
-    check_writable(op, base);
+    check_writable(op, {"base", base});
     if (p.tokens == 0) return;
     if (base.is_contiguous() && !meet(base, x) && !meet(base, kernel)) {
       const Tensor from = base;
@@ -258,7 +284,7 @@ struct Operators {
   static void check_add(
       const char* op, const Problem& p, Form form, const Tensor& kernel, const Tensor& x,
       const Tensor& base) {
-    check_base(op, base, x, p.out_features());
+    check_base(op, {"base", base}, x, p.out_features());
     check(
         form != Form::prepared || base.scalar_type() != ScalarType::Double ||
             kernel.scalar_type() == ScalarType::Double,

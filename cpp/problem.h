@@ -242,24 +242,26 @@ inline void check_same_leading(const char* op, const Tensor& g, const Tensor& x)
 }
 
 // What a result is added onto: shaped like x, but for the last dimension.
-inline void check_base(const char* op, const Tensor& base, const Tensor& x, int64_t features) {
-  check_numbers(op, {"base", base});
-  check_same_device(op, {"base", base}, {"x", x});
+inline void check_base(const char* op, const Named& base, const Tensor& x, int64_t features) {
+  check_numbers(op, base);
+  check_same_device(op, base, {"x", x});
+  const Tensor& t = base.tensor;
   std::vector<int64_t> expected(x.sizes().begin(), x.sizes().end());
   expected.back() = features;
   const bool same =
-      std::equal(expected.begin(), expected.end(), base.sizes().begin(), base.sizes().end());
-  check(same, op, "expected base of shape ", shape(expected), ", got ", shape(base));
+      std::equal(expected.begin(), expected.end(), t.sizes().begin(), t.sizes().end());
+  check(same, op, "expected ", base.name, " of shape ", shape(expected), ", got ", shape(t));
 }
 
 // What is written in place: no two of its elements may lie in one place.
-inline void check_writable(const char* op, const Tensor& base) {
+inline void check_writable(const char* op, const Named& base) {
+  const Tensor& t = base.tensor;
   bool apart = true;
-  for (int64_t d = 0; d < base.dim(); ++d) apart = apart && (base.size(d) < 2 || base.stride(d));
-  const std::vector<int64_t> strides(base.strides().begin(), base.strides().end());
+  for (int64_t d = 0; d < t.dim(); ++d) apart = apart && (t.size(d) < 2 || t.stride(d));
+  const std::vector<int64_t> strides(t.strides().begin(), t.strides().end());
   check(
-      apart, op, "expected a base that is not expanded, got strides ", shape(strides),
-      " for shape ", shape(base), "; call base.contiguous() first");
+      apart, op, "expected a ", base.name, " that is not expanded, got strides ", shape(strides),
+      " for shape ", shape(t), "; call ", base.name, ".contiguous() first");
 }
 
 // One tensor of activations with a kernel: the forward (`blocks` is "n") and the input gradient
@@ -274,6 +276,15 @@ inline Problem problem_of(const char* op, const Named& a, const Tensor& w, const
   check(
       a.tensor.size(-1) == features, op, "expected ", a.name, ".size(-1) == ", blocks,
       " * b = ", features, " for a kernel of shape ", shape(w), ", got ", a.tensor.size(-1));
+  return p;
+}
+
+// Both gradients.
+inline Problem problem_of_pair(const char* op, const Tensor& g, const Tensor& x, const Tensor& w) {
+  const Problem p = problem_of(op, {"x", x}, w, "n");
+  problem_of(op, {"grad_output", g}, w, "m");
+  check_same_device(op, {"grad_output", g}, {"x", x});
+  check_same_leading(op, g, x);
   return p;
 }
 

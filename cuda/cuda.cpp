@@ -474,7 +474,7 @@ void Cuda::gradients(const Gradients& c) {
   const torch::stable::accelerator::DeviceGuard guard(c.g.get_device_index());
   const Steps steps(c.p, c.g);
   const auto by_cufft = [&](const Convolution* input) {
-    with_real(compute_type({c.g, c.x, c.dw}), [&](auto zero) {
+    with_real(compute_type({c.g, c.x, c.dw, c.dx ? *c.dx : c.dw}), [&](auto zero) {
       steps.gradients_by_cufft<decltype(zero)>(c, input);
     });
   };
@@ -485,7 +485,7 @@ void Cuda::gradients(const Gradients& c) {
                           *c.w,
                           c.scale,
                           c.g,
-                          nullptr,
+                          c.base,
                           *c.dx};
   const bool fused = steps.is_fused(input);
   if (fused) steps.convolve_fused(input);

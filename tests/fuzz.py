@@ -78,6 +78,13 @@ def both_grads(t: dict) -> tuple[Tensor, Tensor]:
     return input_grad(t), kernel_grad(t)
 
 
+def input_grad_added(t: dict) -> tuple[Tensor, Tensor]:
+    return t["grad_input"] + input_grad(t), kernel_grad(t)
+
+
+SUMS_OF_TOKENS = (kernel_grad, both_grads, input_grad_added)
+
+
 @dataclass(frozen=True)
 class Operator:
     """Operands are named as in the schema, in its order; a prepared kernel goes by its w."""
@@ -93,6 +100,11 @@ class Operator:
         return self.name.endswith("_")
 
     @property
+    def base(self) -> str | None:
+        """Return the operand that the first result is added onto."""
+        return self.operands[0] if self.operands[0] in ("base", "grad_input") else None
+
+    @property
     def prepared(self) -> bool:
         return "prepared" in self.name
 
@@ -105,6 +117,13 @@ OPERATORS = (
     Operator("block_circ_conv_input_grad", GW, input_grad, ("grad_output",), (GW,)),
     Operator("block_circ_conv_kernel_grad", GX, kernel_grad, ("dtype",), (GX,)),
     Operator("block_circ_conv_backward", (*GX, "w"), both_grads, XW, (GW, GX)),
+    Operator(
+        "block_circ_conv_backward_add_",
+        ("grad_input", *GX, "w"),
+        input_grad_added,
+        ("grad_input", "w"),
+        (GW, GX),
+    ),
     Operator("block_circ_conv_prepared", XW, product, ("x",), (XW,)),
     Operator("block_circ_conv_prepared_add", ("base", *XW), total, ("base",), (XW,)),
     Operator("block_circ_conv_prepared_add_", ("base", *XW), total, ("base",), (XW,)),
@@ -178,10 +197,11 @@ class Call:
     def run(self, **changes) -> tuple[Tensor, ...]:
         """Call the operator; return its results, or the base that it wrote."""
         result = getattr(OPS, self.operator.name)(**{**self.arguments, **changes})
+        results = result if isinstance(result, tuple) else (result,)
         if self.operator.in_place:
-            expect(result is None, "an operator in place returns something")
-            return (self.arguments["base"],)
-        return result if isinstance(result, tuple) else (result,)
+            results = (self.arguments[self.operator.base], *(t for t in results if t is not None))
+        expect(len(results) == len(self.result_units), f"there are {len(results)} results")
+        return results
 
     def definition(self, operands: dict, scale: float, leaves, chosen: int, h: Tensor) -> dict:
         operands = {name: t.detach().requires_grad_(name in leaves) for name, t in operands.items()}
@@ -317,6 +337,7 @@ def draw_call(draw: Draw) -> Call:
     draw.note(f"{operator.name}, leading sizes {leading}, (m, n, b) {(m, n, b)}")
     sizes = {"x": (*leading, n * b), "w": (n, m, b) if transposed else (m, n, b)}
     sizes["base"] = sizes["grad_output"] = (*leading, m * b)
+    sizes["grad_input"] = sizes["x"]
     scale, scale_unit = 1.0, 0
     if draw.chance(0.7):
         scale = draw.choice(1.0, -1.0, 0.0, draw.random.uniform(-2, 2), draw.random.uniform(-2, 2))
@@ -334,11 +355,12 @@ def draw_call(draw: Draw) -> Call:
         excluded = ["subnormal"] if dtype == torch.float64 and not lone else []
         unit = 0 if usual else draw.unit(dtype, *excluded)
         call.units[name] = unit
-        if name == "base":  # about as large as what is added to it, where its dtype can be
-            (call.units[name],) = call.result_units
+        if name == operator.base:  # about as large as what is added to it, where its dtype can be
+            call.units[name] = call.result_units[0]
             unit = near(call.units[name] + draw.random.randint(-4, 4), dtype)
         draw.note(f"{name} {dtype}, {kind}, times 2**{unit}")
-        single = name == "w" or (name == "base" and operator.in_place) or 0 in leading
+        written = operator.in_place and name == operator.base
+        single = name == "w" or written or 0 in leading
         repeated = [] if single else [d for d in range(len(leading)) if draw.chance(0.1)]
         values = times_two_to(draw.values(sizes[name], kind), unit)
         call.operands[name] = draw.laid_out(values, dtype, repeated)
@@ -360,17 +382,18 @@ def draw_call(draw: Draw) -> Call:
 def overlap(draw: Draw, call: Call) -> None:
     """Put the base and another operand into the same memory."""
     name = "x" if call.operator.prepared else draw.choice("x", "w")
-    base, steps = call.operands["base"], draw.choice(1, 1, 2)
+    written = call.operator.base
+    base, steps = call.operands[written], draw.choice(1, 1, 2)
     length = steps * (base.numel() + call.operands[name].numel())
     memory = draw.values((length,)).to(draw.device, base.dtype)
-    for moved in ("base", name):
+    for moved in (written, name):
         t = call.operands[moved]
         strides = [steps * stride for stride in torch.empty(t.shape, device="meta").stride()]
         offset = draw.random.randrange(length - (t.numel() - 1) * steps)
         call.operands[moved] = memory.as_strided(t.shape, strides, offset)
         draw.note(f"{moved} at {offset} of {length} numbers, in steps of {steps}")
     call.units[name] = 0
-    (call.units["base"],) = call.result_units
+    call.units[written] = call.result_units[0]
 
 
 def prepare(draw: Draw, call: Call, w: Tensor) -> None:
@@ -405,7 +428,9 @@ def draw_leaves(draw: Draw, call: Call) -> dict[str, Tensor]:
     for name, t in operands.items():
         if name not in call.arguments or draw.chance(0.4):
             continue
-        if name == "base" and call.operator.in_place:  # a leaf itself may not be written
+        if (
+            name == call.operator.base and call.operator.in_place
+        ):  # a leaf itself may not be written
             leaves[name] = t.detach().clone().requires_grad_()
             t.copy_(leaves[name])
         else:
@@ -429,7 +454,8 @@ def compare_all(draw: Draw, call: Call, results: tuple, leaves: dict) -> None:
     if call.rounds:  # takes subnormal numbers for zero: a whole such number may be lost
         smallest += math.log2(4 / sums_tolerance(call))
     b, factor = call.kernel_shape[-1], abs(call.factor)
-    floors = {"w": b * max(1.0, 1 / (factor or 1.0)), "base": 0.0}  # w's spectra are scaled
+    floors = {"w": b * max(1.0, 1 / (factor or 1.0))}  # its spectra are scaled
+    floors[call.operator.base] = 0.0
     exact, squares = {}, {}
     for name, t in call.operands.items():
         exact[name] = times_two_to(t, -call.units[name])
@@ -449,7 +475,7 @@ def compare_all(draw: Draw, call: Call, results: tuple, leaves: dict) -> None:
             expect(got.dtype == dtypes[name], f"{what} has dtype {got.dtype}, not {dtypes[name]}")
             floor = 2.0 ** (smallest - units[name]) * max(1.0, factor)
             terms = squares[name] + max(call.kernel_shape[:2]) * b * floor**2
-            if name == "w" or call.operator.dense in (kernel_grad, both_grads):
+            if name == "w" or call.operator.dense in SUMS_OF_TOKENS:
                 terms = call.repeats * terms
             compare(what, got, exact[name], terms.sqrt(), units[name], call)
 
@@ -494,7 +520,7 @@ def compare_bits(draw: Draw, call: Call, results: tuple) -> None:
         torch.set_num_threads(3 - torch.get_num_threads())
         for again, result in zip(call.run(), results, strict=True):
             expect(same_bits(again, result), "another number of threads gives other bits")
-        if call.operator.dense not in (kernel_grad, both_grads) and 0 not in y.shape:
+        if call.operator.dense not in SUMS_OF_TOKENS and 0 not in y.shape:
             token = tuple(draw.random.randrange(size) for size in y.shape[:-1])
             names = {"base", "x", "grad_output"} & {*arguments}
             (alone,) = call.run(**{name: arguments[name][token] for name in names})
@@ -558,7 +584,7 @@ def operators(draw: Draw) -> str:
 
     watched = Watched([*arguments.values(), *call.operands.values()])
     if operator.in_place:
-        base = arguments["base"]
+        base = arguments[operator.base]
         version = None if base.is_inference() else base._version
         call.operands = {name: t.clone() for name, t in call.operands.items()}
         with use():
@@ -605,7 +631,8 @@ def refusals(draw: Draw) -> str:
 def violations(call: Call, name: str, arguments: dict, grad_mode: bool) -> list[dict]:
     """Return changes of arguments, each of which breaks a rule."""
     (m, n, b), found = call.kernel_shape, []
-    tokens = {key: arguments[key] for key in ("base", "x", "grad_output") if key in arguments}
+    names = ("base", "grad_input", "x", "grad_output")
+    tokens = {key: arguments[key] for key in names if key in arguments}
     kernels = {key: arguments[key] for key in ("w", "w_hat") if key in arguments}
     in_place = call.operator.in_place and name != "prepare"
     for key, t in tokens.items():
@@ -633,8 +660,8 @@ def violations(call: Call, name: str, arguments: dict, grad_mode: bool) -> list[
         found.append({"dtype": torch.int64})
     if name == "prepare" and arguments["w"].dtype == torch.float64:
         found += [{"dtype": dtype} for dtype in (torch.float32, torch.bfloat16)]
-    if in_place and tokens["base"].numel() > 1:
-        found.append({"base": tokens["base"].new_ones(()).expand(tokens["base"].shape)})
+    if in_place and (base := arguments[call.operator.base]).numel() > 1:
+        found.append({call.operator.base: base.new_ones(()).expand(base.shape)})
     if "w_hat" in kernels:
         w_hat = kernels["w_hat"]
         found += [{"w_hat": w_hat[..., 1:]}, {"w_hat": w_hat.bfloat16()}]

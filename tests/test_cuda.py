@@ -90,16 +90,18 @@ def machine():
 
 
 def every_product(x, w, g):
-    """y, dx, dw, base + y with g for the base, and the same in place."""
-    in_place = g.clone()
+    """y, dx, dw; x + dx in place with dw; base + y with g for the base, and the same in place."""
+    in_place, onto = g.clone(), x.clone()
     OPS.block_circ_conv_add_(in_place, x, w)
     dx, dw = OPS.block_circ_conv_backward(g, x, w)
-    return [OPS.block_circ_conv(x, w), dx, dw, OPS.block_circ_conv_add(g, x, w), in_place]
+    pair = [onto, OPS.block_circ_conv_backward_add_(onto, g, x, w)]
+    return [OPS.block_circ_conv(x, w), dx, dw, *pair, OPS.block_circ_conv_add(g, x, w), in_place]
 
 
 def expected_products(x, w, g):
     y, dx, dw = dense_results(x, w, g)
-    return [y, dx, dw, y + g.double().cpu(), y + g.double().cpu()]
+    pair = [x.double().cpu() + dx, dw]
+    return [y, dx, dw, *pair, y + g.double().cpu(), y + g.double().cpu()]
 
 
 def assert_right(x, w, g):

@@ -216,6 +216,26 @@ BAD = [
         [of(3, 2, 8), of(2, 12), of(2, 3, 4)],
         "expected grad_output and x to have the same leading dimensions, got (3, 2, 8) and (2, 12)",
     ),
+    (
+        "block_circ_conv_backward_add_",
+        [of(2, 8), of(2, 8), of(2, 12), of(2, 3, 4)],
+        "expected grad_input of shape (2, 12), got (2, 8)",
+    ),
+    (
+        "block_circ_conv_backward_add_",
+        [of(2, 12, dtype=torch.int64), of(2, 8), of(2, 12), of(2, 3, 4)],
+        "expected grad_input to be float64, float32, bfloat16 or float16, got int64",
+    ),
+    (
+        "block_circ_conv_backward_add_",
+        [of(2, 12), of(3, 8), of(2, 12), of(2, 3, 4)],
+        "expected grad_output and x to have the same leading dimensions, got (3, 8) and (2, 12)",
+    ),
+    (
+        "block_circ_conv_backward_add_",
+        [of(2, 12), of(2, 12), of(2, 12), of(2, 3, 4)],
+        "expected grad_output.size(-1) == m * b = 8 for a kernel of shape (2, 3, 4), got 12",
+    ),
 ]
 
 
@@ -292,6 +312,9 @@ def test_tensors_of_another_kind_are_named_with_the_rule(odd, mode):
         ("block_circ_conv_add", "base"): lambda t: OPS.block_circ_conv_add(t, x, w),
         ("block_circ_conv_add_", "x"): lambda t: OPS.block_circ_conv_add_(base, t, w),
         ("block_circ_conv_backward", "x"): lambda t: OPS.block_circ_conv_backward(base, t, w),
+        ("block_circ_conv_backward_add_", "grad_input"): lambda t: (
+            OPS.block_circ_conv_backward_add_(t, base, x, w)
+        ),
         ("block_circ_conv_prepared", "x"): lambda t: OPS.block_circ_conv_prepared(t, w_hat, 4),
     }
     for (op, name), run in calls.items():
@@ -314,6 +337,8 @@ def test_an_expanded_base_is_not_written(mode):
             OPS.block_circ_conv_add_(base.expand(2, 8), x_in, w_in)
         with mode(), pytest.raises(RuntimeError, match="expected base to be a tensor, got None"):
             OPS.block_circ_conv_add_(None, x_in, w_in)
+        with mode(), pytest.raises(RuntimeError, match="a grad_input that is not expanded, got"):
+            OPS.block_circ_conv_backward_add_(base.expand(2, 8), x_in, x_in, w_in)
     assert torch.equal(base, torch.zeros(1, 8))
 
 
@@ -325,6 +350,10 @@ def test_negative_views_are_read_and_written_as_what_they_are(mode):
         assert base.is_neg()
         OPS.block_circ_conv_add_(base, torch._neg_view(x), w)
         torch.testing.assert_close(base, -1 - OPS.block_circ_conv(x, w))
+        dx, g = torch._neg_view(torch.ones(2, 8)), torch.randn(2, 8)
+        dw = OPS.block_circ_conv_backward_add_(dx, torch._neg_view(g), x, w)
+        expected = OPS.block_circ_conv_backward(-g, x, w)
+        torch.testing.assert_close((dx.resolve_neg(), dw), (expected[0] - 1, expected[1]))
 
 
 def test_torchs_own_errors_keep_their_message_and_no_path():
@@ -378,6 +407,9 @@ def test_a_tensor_of_inference_mode_is_written_within_it_only():
         OPS.block_circ_conv_add_(base, torch.ones(2, 4), torch.ones(1, 1, 4))
     with pytest.raises(RuntimeError, match="c3a.block_circ_conv_add_: expected to write a tensor"):
         OPS.block_circ_conv_add_(base, torch.ones(2, 4), torch.ones(1, 1, 4))
+    x = torch.ones(2, 4)
+    with pytest.raises(RuntimeError, match="within inference mode only; call grad_input.clone"):
+        OPS.block_circ_conv_backward_add_(base, x, x, torch.ones(1, 1, 4))
     assert torch.equal(base, torch.full((2, 4), 4.0))
 
 

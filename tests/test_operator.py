@@ -38,6 +38,8 @@ def test_every_product_equals_the_dense_definition(shape, dtype, device):
     pair = OPS.block_circ_conv_backward(g, x, w)
     in_place = g.clone()
     OPS.block_circ_conv_add_(in_place, x, w)
+    onto = x.clone()
+    onto_dw = OPS.block_circ_conv_backward_add_(onto, g, x, w)
     results = [
         (OPS.block_circ_conv(x, w), y),
         (OPS.block_circ_conv_input_grad(g, w), dx),
@@ -46,6 +48,8 @@ def test_every_product_equals_the_dense_definition(shape, dtype, device):
         (pair[1], dw),
         (OPS.block_circ_conv_add(g, x, w), g.double().cpu() + y),
         (in_place, g.double().cpu() + y),
+        (onto, x.double().cpu() + dx),
+        (onto_dw, dw),
     ]
     for got, expected in results:
         assert got.dtype == dtype
@@ -220,6 +224,50 @@ def test_the_sum_in_place_writes_the_base_itself_however_it_lies(device):
     assert torch.equal(rows[..., 16:], torch.zeros_like(rows[..., 16:]))
 
 
+def test_the_pair_writes_the_gradient_itself_however_it_lies(device):
+    x, w, g = operands((6, 4), 2, 3, 8, device=device)
+    dx, dw = OPS.block_circ_conv_backward(g, x, w, 0.5)
+    given = x.cos()
+    rows = torch.zeros(6, 4, 48, device=device, dtype=x.dtype)
+    for onto in (given.clone(), rows[..., 24:], rows.mT.contiguous().mT[..., :24]):
+        onto.copy_(given)
+        got = OPS.block_circ_conv_backward_add_(onto, g, x, w, 0.5)
+        torch.testing.assert_close(onto, given + dx)
+        assert torch.equal(got, dw)
+    assert torch.equal(rows[..., :24], torch.zeros_like(rows[..., :24]))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5])
+@pytest.mark.parametrize("shared", ["grad_output", "x", "w"])
+def test_the_pair_in_place_may_overlap_with_what_it_reads(shared, shift, device):
+    memory = operands((40,), 2, 2, 8, device=device)[0].flatten()
+    x, w, g = operands((32,), 2, 2, 8, device=device)
+    given = {"grad_output": g, "x": x, "w": w}
+    place = memory[shift : shift + given[shared].numel()]
+    given[shared] = place.view(given[shared].shape)
+    dx = memory[: 32 * 16].view(32, 16)
+    before = {name: t.clone() for name, t in given.items()}
+    expected, dw = OPS.block_circ_conv_backward(*before.values())
+    expected += dx
+    got = OPS.block_circ_conv_backward_add_(dx, *given.values())
+    torch.testing.assert_close(dx, expected)
+    assert torch.equal(got, dw)
+
+
+@pytest.mark.parametrize("dtypes", [(0, 1, 0), (1, 0, 0), (2, 0, 0), (0, 2, 1)])
+def test_a_gradient_that_is_added_onto_keeps_its_dtype(dtypes, device):
+    kinds = (torch.float32, torch.bfloat16, torch.float64)
+    x, w, g = operands((9,), 2, 3, 8, device=device)
+    x, w, g = x.bfloat16(), w.bfloat16(), g.bfloat16()  # exact in each of them
+    onto = x.to(kinds[dtypes[0]], copy=True)
+    dw = OPS.block_circ_conv_backward_add_(onto, g.to(kinds[dtypes[1]]), x, w.to(kinds[dtypes[2]]))
+    _, dx, exact_dw = dense_results(x, w, g)
+    activations = () if 2 in dtypes else (x.dtype,)
+    for got, exact in ((onto, x.double().cpu() + dx), (dw, exact_dw)):
+        assert relative_error(got.cpu(), exact) < tolerance(got.dtype, device, *activations)
+    assert (onto.dtype, dw.dtype) == (kinds[dtypes[0]], kinds[dtypes[2]])
+
+
 @pytest.mark.parametrize("shift", [0, 1, 5])
 def test_the_sum_in_place_may_overlap_with_what_it_reads(shift, device):
     memory = operands((40,), 2, 2, 8, device=device)[0].flatten()
@@ -247,6 +295,9 @@ def test_a_kernel_of_no_tokens_has_zero_gradient(device):
     dx, dw = torch.autograd.grad(y.sum(), (x, w))
     assert y.shape == (0, 8)
     assert dx.shape == (0, 12)
+    assert torch.equal(dw, torch.zeros_like(w))
+    with torch.no_grad():
+        dw = OPS.block_circ_conv_backward_add_(dx, y, x, w)
     assert torch.equal(dw, torch.zeros_like(w))
 
 

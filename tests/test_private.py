@@ -20,10 +20,13 @@ NAMES = [
     "torch._C._disabled_torch_function_impl",
     "torch._C._DisableAutocast",
     "torch._C._functorch",
+    "torch._C._get_function_stack_at",
     "torch._C._get_privateuse1_backend_name",
     "torch._C._get_tracing_state",
+    "torch._C._is_any_autocast_enabled",
     "torch._C._is_fwd_grad_enabled",
     "torch._C._len_torch_dispatch_stack",
+    "torch._C._len_torch_function_stack",
     "torch._C._storage_Use_Count",
     "torch._C._VariableFunctions",
     "torch._functorch.utils.enable_single_level_autograd_function",
@@ -31,9 +34,12 @@ NAMES = [
     "torch.autograd.function.FunctionMeta",
     "torch.autograd.function._SingleLevelFunction",
     "torch.nested._internal.nested_tensor.NestedTensor",
+    "torch.nn.modules.module._has_any_global_hook",
+    "torch.utils._device.DeviceContext",
 ]
 # What is reached through those and through public names.
 ATTRIBUTES = [
+    "torch._C._functorch.is_legacy_batchedtensor",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._VariableFunctions._unpack_dual",
     "torch.autograd.Function._compiled_autograd_key",
@@ -46,6 +52,12 @@ ATTRIBUTES = [
     "torch.UntypedStorage._cdata",
     "torch._ops.OpOverload.redispatch",
     "torch._ops.OpOverload._schema",
+    "torch.nn.Module._backward_hooks",
+    "torch.nn.Module._backward_pre_hooks",
+    "torch.nn.Module._compiled_call_impl",
+    "torch.nn.Module._forward_hooks",
+    "torch.nn.Module._forward_pre_hooks",
+    "torch.nn.Module._parameters",
 ]
 PACKAGE = Path(c3a.__file__).parent
 
@@ -56,6 +68,8 @@ def test_torch_has(name):
     for part in name.split(".")[1:]:
         if part == "_schema":
             found = torch.ops.aten.add.Tensor
+        if found is torch.nn.Module:  # the instances have them
+            found = torch.nn.Module()
         assert hasattr(found, part), f"this torch has no {name}"
         found = getattr(found, part)
 

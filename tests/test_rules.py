@@ -21,6 +21,11 @@ def added_in_place(base, x, w, scale=1.0):
     return base
 
 
+def pair_in_place(dx, g, x, w, scale=1.0):
+    dw = OPS.block_circ_conv_backward_add_(dx, g, x, w, scale)
+    return dx, dw
+
+
 def every_operator(shape, device):
     """Return (function, arguments) of each operator, the arguments being tensors only."""
     x, w, g = (t.requires_grad_() for t in operands(*shape, device=device))
@@ -38,10 +43,14 @@ def every_operator(shape, device):
             lambda base, x, w: added_in_place(base.clone(), x, w, scale),
             (g, x, w),
         ),
+        "backward_add_": (
+            lambda dx, g, x, w: pair_in_place(dx.clone(), g, x, w, scale),
+            (x.detach().cos().requires_grad_(), g, x, w),
+        ),
     }
 
 
-OPERATORS = ("forward", "input_grad", "kernel_grad", "backward", "add", "add_")
+OPERATORS = ("forward", "input_grad", "kernel_grad", "backward", "add", "add_", "backward_add_")
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -84,6 +93,11 @@ def test_opcheck_passes_for_every_operator(dtype, device):
         (OPS.block_circ_conv_add, (g, x.detach(), w.detach())),
         (OPS.block_circ_conv_add_, (g.detach().clone(), x.detach(), w.detach(), 0.5)),
         (OPS.block_circ_conv_add_, (g.detach().clone(), x, w)),
+        (
+            OPS.block_circ_conv_backward_add_,
+            (x.detach().clone(), g.detach(), x.detach(), w.detach(), 0.5),
+        ),
+        (OPS.block_circ_conv_backward_add_, (x.detach().clone(), g, x, w)),
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)
@@ -142,6 +156,25 @@ def test_vmap_of_the_pair_of_gradients(in_dims, device):
     for index in range(2):
         expected = OPS.block_circ_conv_backward(*one_of(batched, in_dims, index))
         torch.testing.assert_close((got[0][index], got[1][index]), expected)
+
+
+@pytest.mark.parametrize(
+    "in_dims", [(0, 0, 0, 0), (1, None, 0, 1), (0, None, None, None), (None, 0, None, 3)]
+)
+def test_vmap_of_the_pair_onto_a_gradient(in_dims, device):
+    x, w, g = operands((3,), 2, 3, 4, device=device)
+    batched = in_batches((x.cos(), g, x, w), in_dims)
+    copies = [batched[0].clone(), *batched[1:]]
+    if in_dims[0] is None:
+        with pytest.raises(RuntimeError, match="vmap cannot write a batch into a grad_input that"):
+            vmap(OPS.block_circ_conv_backward_add_, in_dims)(*copies)
+        return
+    dw = vmap(OPS.block_circ_conv_backward_add_, in_dims)(*copies)
+    for index in range(2):
+        dx, *others = one_of(batched, in_dims, index)
+        expected = OPS.block_circ_conv_backward(*others)
+        got = copies[0].select(in_dims[0], index)
+        torch.testing.assert_close((got, dw[index]), (dx + expected[0], expected[1]))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +312,11 @@ def test_writing_in_place_is_counted(mode, contiguous, device):
     with mode():
         OPS.block_circ_conv_add_(base, x, w)
         OPS.block_circ_conv_prepared_add_(base, x, w_hat, 4)
+        OPS.block_circ_conv_backward_add_(x.clone(), base, x, w)
     assert base._version == before + 2
+    with mode():
+        OPS.block_circ_conv_backward_add_(base, x, base.clone(), w.movedim(0, 1).contiguous())
+    assert base._version == before + 3
 
 
 def test_a_saved_tensor_that_was_written_in_place_is_an_error_not_a_wrong_gradient(device):
@@ -376,7 +413,7 @@ def test_nodes_of_the_graph_are_called_after_their_operator(device):
     layer = c3a.C3ALinear(torch.nn.Linear(12, 8, device=device), 4)
     with profile(activities=[ProfilerActivity.CPU]) as record:
         layer(x.float()).sum().backward()
-    assert "BlockCircConvAddBackward" in {event.name for event in record.events()}
+    assert "BlockCircConvLinearBackward" in {event.name for event in record.events()}
 
 
 def counted(function) -> int:
@@ -402,6 +439,9 @@ def test_flops_are_counted_for_every_operator(device):
         lambda: OPS.block_circ_conv_kernel_grad(g, x, b): product + transforms(x, w, g),
         lambda: OPS.block_circ_conv_backward(g, x, w): (
             2 * product + transforms(x, w, g) + transforms(x, w)
+        ),
+        lambda: OPS.block_circ_conv_backward_add_(x, g, x.clone(), w): (
+            2 * product + transforms(x, w, g) + transforms(x, w) + x.numel()
         ),
         lambda: OPS.prepare(w): transforms(w),
         lambda: OPS.block_circ_conv_prepared(x, w_hat, b): product + transforms(x, g),
@@ -429,6 +469,11 @@ def test_batches_and_tangents_are_not_rounded_below_their_results_dtype():
     assert relative_error(got, narrow_x.double() @ matrix.T) < 1e-6
     dx, _ = vmap(OPS.block_circ_conv_backward, (0, 0, None))(narrow_g, x, w)
     assert relative_error(dx, narrow_g.double() @ matrix) < 1e-6
+    dx = torch.zeros_like(x)
+    vmap(OPS.block_circ_conv_backward_add_, (0, 0, 0, None))(dx, narrow_g, narrow_x, w)
+    assert relative_error(dx, narrow_g.double() @ matrix) < 1e-6
+    pair_in_place(dx, narrow_g, narrow_x, w.clone().requires_grad_())
+    assert relative_error(dx.detach(), 2 * narrow_g.double() @ matrix) < 1e-6
 
 
 def test_a_gradient_that_does_not_arrive_is_none():

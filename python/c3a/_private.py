@@ -20,10 +20,13 @@ from torch._C import (
     _DisableAutocast,
     _disabled_torch_function_impl,
     _functorch,
+    _get_function_stack_at,
     _get_privateuse1_backend_name,
     _get_tracing_state,
+    _is_any_autocast_enabled,
     _is_fwd_grad_enabled,
     _len_torch_dispatch_stack,
+    _len_torch_function_stack,
     _storage_Use_Count,
     _VariableFunctions,
 )
@@ -31,6 +34,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.nested._internal.nested_tensor import NestedTensor
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 __all__ = [
     "DispatchKeySet",
@@ -39,13 +44,17 @@ __all__ = [
     "NestedTensor",
     "Node",
     "Overload",
+    "any_autocast_enabled",
     "any_requires_grad",
     "autocast_disabled",
     "below_autograd",
     "below_version_counting",
     "forward_mode_enabled",
+    "frozen_linear",
     "has_tangent",
     "in_transform",
+    "is_batch_of_gradients",
+    "is_ordinary",
     "is_plain",
     "is_sole_owner",
     "kernels_only",
@@ -63,6 +72,7 @@ __all__ = [
 # at a time, which is what a single-level function records.
 recorded_at_one_level = enable_single_level_autograd_function
 any_requires_grad = _any_requires_grad
+any_autocast_enabled = _is_any_autocast_enabled
 autocast_disabled = _DisableAutocast
 # Within it, calls go to a device's kernels at once; for writes to tensors that autograd never saw.
 kernels_only = _AutoDispatchBelowADInplaceOrView
@@ -113,6 +123,11 @@ def below_version_counting(op: Overload, keyset: DispatchKeySet, *args: Any) -> 
         return op.redispatch(keyset & _after_ADInplaceOrView_keyset, *args)
 
 
+def is_batch_of_gradients(t: Tensor) -> bool:
+    """Return whether a tensor stands for a batch of them (``is_grads_batched``)."""
+    return _functorch.is_legacy_batchedtensor(t)
+
+
 def has_tangent(*tensors: Tensor) -> bool:
     """Return whether forward mode has a tangent for one of them.
 
@@ -128,16 +143,64 @@ def in_transform() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Return whether a call on these is an ordinary one: nothing traces, wraps or transforms it."""
+def is_ordinary(*tensors: Tensor) -> bool:
+    """Return whether a call on these is an ordinary one: nothing traces, wraps or transforms it.
+
+    But for forward mode: a tensor may have a tangent.
+    """
     return (
         not torch.compiler.is_compiling()
         and _PLAIN_TYPES.issuperset(map(type, tensors))
-        and not in_transform()
+        and _functorch.peek_interpreter_stack() is None
         and _len_torch_dispatch_stack() == 0
         and _get_tracing_state() is None
-        and not has_tangent(*tensors)
     )
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Return whether a call on these is an ordinary one, in which no tensor has a tangent."""
+    return is_ordinary(*tensors) and not has_tangent(*tensors)
+
+
+_OF_TORCH = (torch.nn.Linear.__call__, torch.nn.Linear.forward, torch.nn.functional.linear)
+
+
+def _sees_functions() -> bool:
+    """Return whether a mode sees calls of torch's functions, other than the default device's."""
+    count = _len_torch_function_stack()
+    return count > 0 and any(
+        type(_get_function_stack_at(i)) is not DeviceContext for i in range(count)
+    )
+
+
+def frozen_linear(module: torch.nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias if a call of a module is nothing but ``F.linear`` with frozen ones.
+
+    Otherwise None: another class, hooks, a forward of the module's own, a function or class of
+    torch's that was patched, parameters that are trained or that stand for others.
+    """
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if (
+        type(module) is not torch.nn.Linear
+        or type(weight) is not torch.nn.Parameter
+        or weight.requires_grad
+        or (bias is not None and (type(bias) is not torch.nn.Parameter or bias.requires_grad))
+        or "bias" not in parameters
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+        or _sees_functions()
+    ):
+        return None
+    linear = torch.nn.Linear
+    if (linear.__call__, linear.forward, torch.nn.functional.linear) != _OF_TORCH:
+        return None
+    return weight, bias
 
 
 def tensor_without_memory(cls: type[_T], like: Tensor, device: torch.device) -> _T:

@@ -21,11 +21,20 @@ from functools import partial, wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _private, shapes
 from ._library import OPS as _OPS
 
+_CONVOLVE = _OPS.block_circ_conv.default  # found once: looking one up takes microseconds
+_INPUT_GRAD = _OPS.block_circ_conv_input_grad.default
+_KERNEL_GRAD = _OPS.block_circ_conv_kernel_grad.default
+_BACKWARD = _OPS.block_circ_conv_backward.default
+_BACKWARD_ADD_ = _OPS.block_circ_conv_backward_add_.default
+_ADD_ = _OPS.block_circ_conv_add_.default
+_PREPARED = _OPS.block_circ_conv_prepared.default
+_PREPARED_ADD_ = _OPS.block_circ_conv_prepared_add_.default
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Args = tuple[Any, ...]  # of an operator: tensors, None and constants
@@ -123,15 +132,15 @@ Product = Bilinear | Prepared
 
 def _vjp_forward(h: Tensor, x: _Operand, w: _Operand, wanted: _Wanted, saved: _Saved) -> _Two:
     if all(wanted):
-        both: _Two = _OPS.block_circ_conv_backward(h, x, w, saved.scale)
+        both: _Two = _BACKWARD(h, x, w, saved.scale)
         return both
     if wanted[0]:
-        return _OPS.block_circ_conv_input_grad(h, w, saved.scale), None
+        return _INPUT_GRAD(h, w, saved.scale), None
     return None, _kernel_grad(h, x, saved)
 
 
 def _vjp_input_grad(h: Tensor, g: _Operand, w: _Operand, wanted: _Wanted, saved: _Saved) -> _Two:
-    dg = _OPS.block_circ_conv(h, w, saved.scale) if wanted[0] else None
+    dg = _CONVOLVE(h, w, saved.scale) if wanted[0] else None
     dw = _kernel_grad(g, h, saved) if wanted[1] else None
     return dg, dw
 
@@ -140,25 +149,21 @@ def _vjp_kernel_grad(v: Tensor, g: _Operand, x: _Operand, wanted: _Wanted, saved
     of_g, of_x = saved.dtypes
     dg = dx = None
     if wanted[0]:
-        dg = _OPS.block_circ_conv(shapes.widened(x, of_g), v, saved.scale).to(of_g)
+        dg = _CONVOLVE(shapes.widened(x, of_g), v, saved.scale).to(of_g)
     if wanted[1]:
-        dx = _OPS.block_circ_conv_input_grad(shapes.widened(g, of_x), v, saved.scale).to(of_x)
+        dx = _INPUT_GRAD(shapes.widened(g, of_x), v, saved.scale).to(of_x)
     return dg, dx
 
 
 def _kernel_grad(g: Tensor, x: Tensor, saved: _Saved) -> Tensor:
-    dw: Tensor = _OPS.block_circ_conv_kernel_grad(
-        g, x, saved.block_size, saved.dtypes[1], saved.scale
-    )
+    dw: Tensor = _KERNEL_GRAD(g, x, saved.block_size, saved.dtypes[1], saved.scale)
     return dw
 
 
-FORWARD = Bilinear(_OPS.block_circ_conv.default, _vjp_forward, (1.0,))
-INPUT_GRAD = Bilinear(_OPS.block_circ_conv_input_grad.default, _vjp_input_grad, (1.0,))
-KERNEL_GRAD = Bilinear(
-    _OPS.block_circ_conv_kernel_grad.default, _vjp_kernel_grad, (None, None, 1.0)
-)
-PREPARED = Prepared(_OPS.block_circ_conv_prepared.default)
+FORWARD = Bilinear(_CONVOLVE, _vjp_forward, (1.0,))
+INPUT_GRAD = Bilinear(_INPUT_GRAD, _vjp_input_grad, (1.0,))
+KERNEL_GRAD = Bilinear(_KERNEL_GRAD, _vjp_kernel_grad, (None, None, 1.0))
+PREPARED = Prepared(_PREPARED)
 
 # Autograd nodes
 
@@ -174,6 +179,7 @@ class _Context(Protocol):
     constants: _Args
     of_x: torch.dtype
     of_base: torch.dtype
+    is_dual: bool
 
     @property
     def saved_tensors(self) -> _Args: ...
@@ -203,10 +209,7 @@ def _forward(ctx: _Context, product: Product, first: int, call: _Call, args: _Ar
     kept, ctx.saved = product.save(needs, operands)
     ctx.save_for_backward(*kept)
     if call.is_dual:
-        tensors = tuple(t if isinstance(t, Tensor) else None for t in operands)
-        ctx.save_for_forward(*tensors)
-        ctx.constants = tuple(None if isinstance(t, Tensor) else t for t in operands)
-        ctx.set_materialize_grads(False)
+        _save_for_tangents(ctx, operands)
     if not _private.in_transform():
         return call.compute(*args)
     # A function's forward runs with both modes off; outer levels of torch.func need them.
@@ -214,11 +217,23 @@ def _forward(ctx: _Context, product: Product, first: int, call: _Call, args: _Ar
         return call.compute(*args)
 
 
+def _save_for_tangents(ctx: _Context, operands: _Args) -> None:
+    tensors: list[Tensor | None] = []
+    constants = []
+    for t in operands:
+        is_tensor = isinstance(t, Tensor)
+        tensors.append(t if is_tensor else None)
+        constants.append(None if is_tensor else t)
+    ctx.save_for_forward(*tensors)
+    ctx.constants = tuple(constants)
+    ctx.set_materialize_grads(False)
+
+
 def _tangents(
     ctx: _Context, product: Product, dots: _Args, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """Return the terms of the result's tangent, ``dtype`` at least."""
-    pairs = zip(ctx.saved_tensors, ctx.constants, strict=True)
+    pairs = zip(ctx.saved_tensors[-len(dots) :], ctx.constants[-len(dots) :], strict=True)
     args = [c if t is None else t for t, c in pairs]
     if dtype is not None:
         args[0] = shapes.widened(args[0], dtype)
@@ -362,6 +377,12 @@ def in_place_rule(op: _private.Overload, functional: _private.Overload) -> _Func
     return kernel
 
 
+def _halves(g: Tensor, x: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return both gradients, the input's in the dtype of ``x`` at least, differentiable."""
+    dx = _INPUT_GRAD(shapes.widened(g, x.dtype), w, scale)
+    return dx, _KERNEL_GRAD(g, x, w.shape[-1], w.dtype, scale)
+
+
 def pair_rule(op: _private.Overload) -> _Function:
     """Share one transform of ``g``, or where a graph is wanted, differentiate the two halves."""
 
@@ -372,9 +393,32 @@ def pair_rule(op: _private.Overload) -> _Function:
     ) -> Any:
         check((g, x, w))
         if _needs_graph(g, x, w) or _private.has_tangent(g, x, w):
-            dx = _OPS.block_circ_conv_input_grad(shapes.widened(g, x.dtype), w, scale).to(x.dtype)
-            return dx, _OPS.block_circ_conv_kernel_grad(g, x, w.shape[-1], w.dtype, scale)
+            dx, dw = _halves(g, x, w, scale)
+            return dx.to(x.dtype), dw
         return _compute(op, keyset, g, x, w, scale)
+
+    return kernel
+
+
+def pair_in_place_rule(op: _private.Overload) -> _Function:
+    """Likewise, with the input's gradient added onto one that is there."""
+
+    check = shapes.argument_check(op)
+
+    def kernel(
+        keyset: _private.DispatchKeySet,
+        dx: Tensor,
+        g: Tensor,
+        x: Tensor,
+        w: Tensor,
+        scale: float = 1.0,
+    ) -> Any:
+        check((dx, g, x, w))
+        if _needs_graph(dx, g, x, w) or _private.has_tangent(dx, g, x, w):
+            more, dw = _halves(g, shapes.widened(x, dx.dtype), w, scale)
+            dx.copy_(dx + more)
+            return dw
+        return _compute(op, keyset, dx, g, x, w, scale)
 
     return kernel
 
@@ -396,29 +440,57 @@ def prepare_rule(op: _private.Overload) -> _Function:
     return kernel
 
 
-# The sum in the memory of its base, for the layer
+# Sums in memory that nobody else has, for the layer
 
 
-def _in_place(operator: _private.Overload) -> Callable[..., Tensor]:
+class _InPlace(NamedTuple):
+    """A product's sums in place; to be called where autograd's rules are not at work."""
+
+    add_: _private.Overload  # (base, *arguments of the product)
+    # (dx, h, kept, saved, wanted) adds the input gradient onto dx and returns the kernel's.
+    add_gradient: Callable[[Tensor, Tensor, _Two, Any, _Wanted], Tensor | None]
+
+
+def _add_gradient(
+    dx: Tensor, h: Tensor, kept: _Two, saved: _Saved, wanted: _Wanted
+) -> Tensor | None:
+    x, w = kept
+    if not wanted[1]:
+        dx.add_(_INPUT_GRAD(h, w, saved.scale))
+        return None
+    dw: Tensor = _BACKWARD_ADD_(dx, h, x, w, saved.scale)
+    return dw
+
+
+def _add_prepared_gradient(
+    dx: Tensor, h: Tensor, kept: _Two, block_size: int, _wanted: _Wanted
+) -> None:
+    w_hat, w_hat_transposed = kept
+    _PREPARED_ADD_(dx, h, w_hat_transposed, block_size, w_hat)
+
+
+_IN_PLACE: dict[Product, _InPlace] = {
+    FORWARD: _InPlace(_ADD_, _add_gradient),
+    PREPARED: _InPlace(_PREPARED_ADD_, _add_prepared_gradient),
+}
+
+
+def _sum_in_place(product: Product) -> Callable[..., Tensor]:
+    add_ = _IN_PLACE[product].add_
+
     @typed_errors
     def compute(base: Tensor, *args: Any) -> Tensor:
         out = base.detach()  # the same memory as a tensor of its own: to autograd, a new result
         with _private.kernels_only():
-            operator(out, *args)
+            add_(out, *args)
         return out
 
     return compute
 
 
 _INTO_BASE: dict[Product, tuple[_Node, Callable[..., Tensor]]] = {
-    FORWARD: (
-        _sum_node("BlockCircConvAdd", FORWARD),
-        _in_place(_OPS.block_circ_conv_add_.default),
-    ),
-    PREPARED: (
-        _sum_node("BlockCircConvPreparedAdd", PREPARED),
-        _in_place(_OPS.block_circ_conv_prepared_add_.default),
-    ),
+    FORWARD: (_sum_node("BlockCircConvAdd", FORWARD), _sum_in_place(FORWARD)),
+    PREPARED: (_sum_node("BlockCircConvPreparedAdd", PREPARED), _sum_in_place(PREPARED)),
 }
 
 
@@ -431,3 +503,91 @@ def add_into(product: Product, base: Tensor, *args: Any) -> Tensor:
     if _needs_graph(base, *args):
         return _apply(node, compute, (base, *product.complete(args)), is_dual=False)
     return compute(base, *args)
+
+
+def _linear_node(name: str, product: Product) -> _Node:
+    """Make the node of a frozen linear layer plus a product of the same input.
+
+    Its arguments are weight, bias and the product's. Both sums, the result's and the input
+    gradient's, are made in the linear layer's share.
+    """
+    in_place = _IN_PLACE[product]
+
+    def forward(ctx: _Context, *args: Any) -> Tensor:
+        weight, bias, x, *rest = args
+        needs = ctx.needs_input_grad[2:4]
+        kept, ctx.saved = product.save(needs, args[2:])
+        ctx.save_for_backward(*kept, weight if needs[0] else None)
+        _save_for_tangents(ctx, args)
+        ctx.is_dual = False
+        with _private.kernels_only():
+            y = F.linear(x, weight, bias)
+            in_place.add_(y, x, *rest)
+        return y
+
+    def backward(ctx: _Context, h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if h is None:
+            return (None,) * len(ctx.needs_input_grad)
+        wanted = ctx.needs_input_grad[2:4]
+        saved = ctx.saved_tensors
+        kept, weight = saved[:2], saved[2]
+        tensors = [t for t in saved if t is not None]
+        dx: Tensor | None
+        if not ctx.is_dual and _is_alone(h, tensors):
+            with _private.kernels_only(), _private.autocast_disabled():
+                if wanted[0]:
+                    dx = share = h.matmul(weight)
+                    dw = in_place.add_gradient(share, h, kept, ctx.saved, wanted)
+                else:
+                    dx, dw = product.gradients(h, kept, ctx.saved, wanted)
+        else:
+            with _without_autocast(h.device.type):
+                dx, dw = product.gradients(h, kept, ctx.saved, wanted)
+                dx = None if dx is None else h.matmul(weight) + dx
+        return (None, None, dx, dw, *(None for _ in ctx.needs_input_grad[4:]))
+
+    def jvp(
+        ctx: _Context, weight_dot: Tensor | None, bias_dot: Tensor | None, *dots: Tensor | None
+    ) -> Tensor:
+        ctx.is_dual = True
+        weight, _, x = ctx.saved_tensors[:3]
+        terms = _tangents(ctx, product, dots)
+        terms += [] if dots[0] is None else [F.linear(dots[0], weight)]
+        terms += [] if weight_dot is None else [F.linear(x, weight_dot)]
+        terms += [] if bias_dot is None else [bias_dot.expand(*x.shape[:-1], -1)]
+        return sum(terms[1:], terms[0])
+
+    functions: dict[str, _Function] = {
+        "forward": typed_errors(forward),
+        "backward": typed_errors(backward),
+        "jvp": jvp,
+    }
+    return _node(name, {key: staticmethod(f) for key, f in functions.items()})
+
+
+def _is_alone(h: Tensor, saved: list[Tensor]) -> bool:
+    """Return whether nothing differentiates, traces, wraps or transforms a backward pass."""
+    return (
+        not torch.is_grad_enabled()
+        and h.layout == torch.strided
+        and _private.is_ordinary(h, *saved)
+        and not _private.is_batch_of_gradients(h)
+        and not _private.has_tangent(h)
+    )
+
+
+_ON_LINEAR: dict[Product, _Node] = {
+    FORWARD: _linear_node("BlockCircConvLinear", FORWARD),
+    PREPARED: _linear_node("BlockCircConvPreparedLinear", PREPARED),
+}
+
+
+def add_to_linear(
+    product: Product, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any
+) -> Tensor:
+    """Return ``F.linear(x, weight, bias)`` plus a product of ``x``, as one node of the graph.
+
+    For an ordinary call (``_private.is_ordinary``) that wants a gradient, with a weight and a bias
+    that want none, in the dtype of ``x``, and all arguments of the product.
+    """
+    return _ON_LINEAR[product].apply(weight, bias, x, *args)

@@ -54,6 +54,12 @@ def backward(g_shape: Shape, x_shape: Shape, w_shape: Kernel, *_: object, **__: 
     return input_grad(g_shape, w_shape) + kernel_grad(g_shape, x_shape, b) - shared
 
 
+def backward_add_(
+    dx_shape: Shape, g_shape: Shape, x_shape: Shape, w_shape: Kernel, *_: object, **__: object
+) -> int:
+    return backward(g_shape, x_shape, w_shape) + math.prod(dx_shape)
+
+
 def prepare(w_shape: Shape, *_: object, **__: object) -> int:
     return round(_transforms(math.prod(w_shape), w_shape[-1]))
 

@@ -186,16 +186,23 @@ class C3ALinear(nn.Module):
                 return y
 
     def _forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
+        base = self.base_layer
         if self.merged or not self.enabled:
-            return y
+            unadapted: Tensor = base(x)
+            return unadapted
         kernel, scale = self.c3a_kernel, self.scale
+        frozen = self._frozen_linear(base, x, kernel)
+        if frozen:
+            prepared = self._prepared_for(kernel, scale, x, x)
+            if prepared:
+                return autograd.add_to_linear(autograd.PREPARED, *frozen, x, *prepared)
+            return autograd.add_to_linear(autograd.FORWARD, *frozen, x, kernel, scale)
+        y: Tensor = base(x)
         is_plain = _private.is_plain(y, x, kernel)
-        if is_plain and x.requires_grad and torch.is_grad_enabled():
-            base = self.base_layer
-            if self._passing_base != id(base):
-                self._passing_base = id(base)
-                _warn_of_a_cut_graph(base, x, y)
+        wants_grad = is_plain and x.requires_grad and torch.is_grad_enabled()
+        if wants_grad and self._passing_base != id(base):
+            self._passing_base = id(base)
+            _warn_of_a_cut_graph(base, x, y)
         more_in, more_out = self._pad
         x = F.pad(x, (0, more_in)) if more_in else x
         prepared = self._prepared_for(kernel, scale, x, y) if is_plain else None
@@ -213,6 +220,28 @@ class C3ALinear(nn.Module):
         if prepared:
             return block_circ_conv_prepared_add(y, x, *prepared)
         return block_circ_conv_add(y, x, kernel, scale)
+
+    def _frozen_linear(
+        self, base: nn.Module, x: Tensor, kernel: Tensor
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Return the base layer's weight and bias where it and the adapter can be one node."""
+        if (
+            not torch.is_grad_enabled()
+            or not _private.is_ordinary(x, kernel)
+            or not (kernel.requires_grad or x.requires_grad)
+            or self._pad != (0, 0)
+        ):
+            return None
+        frozen = _private.frozen_linear(base)
+        if (
+            frozen is None
+            or frozen[0].dtype != x.dtype
+            or _private.any_autocast_enabled()
+            # A prepared kernel has no tangent.
+            or (not kernel.requires_grad and _private.has_tangent(kernel))
+        ):
+            return None
+        return frozen
 
     def prepare(self) -> None:
         """Transform the kernel once for the calls to come that want no gradient for it.

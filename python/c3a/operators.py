@@ -30,7 +30,6 @@ class Operator:
     flops: Callable[..., int]  # flops.py
     # The result follows autocast's dtype; the others keep the dtypes they are given.
     follows_autocast: bool = False
-    functional: Overload | None = None  # of an operator in place, the one that returns a new tensor
 
 
 def _records() -> tuple[Operator, ...]:
@@ -38,6 +37,7 @@ def _records() -> tuple[Operator, ...]:
     input_grad = _OPS.block_circ_conv_input_grad.default
     kernel_grad = _OPS.block_circ_conv_kernel_grad.default
     backward = _OPS.block_circ_conv_backward.default
+    backward_add_ = _OPS.block_circ_conv_backward_add_.default
     add = _OPS.block_circ_conv_add.default
     add_ = _OPS.block_circ_conv_add_.default
     prepare = _OPS.prepare.default
@@ -52,6 +52,7 @@ def _records() -> tuple[Operator, ...]:
     over_kernel_grad = vmap.folded(
         kernel_grad, vmap.outputs_of_kernel_grad, vmap.inputs_of_kernel_grad
     )
+    over_pair = vmap.pair(over_input_grad, over_kernel_grad)
     over_sum = vmap.summed(over_forward)
     over_prepared = vmap.prepared(prepared)
     over_prepared_sum = vmap.summed(over_prepared)
@@ -77,7 +78,6 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.in_place_rule(add_, add),
             vmap=vmap.in_place("block_circ_conv_add_", over_sum),
             flops=flops.add,
-            functional=add,
         ),
         Operator(
             op=input_grad,
@@ -97,8 +97,15 @@ def _records() -> tuple[Operator, ...]:
             op=backward,
             fake=shapes.backward,
             autograd=autograd.pair_rule(backward),
-            vmap=vmap.pair(over_input_grad, over_kernel_grad),
+            vmap=over_pair,
             flops=flops.backward,
+        ),
+        Operator(
+            op=backward_add_,
+            fake=shapes.backward_add_,
+            autograd=autograd.pair_in_place_rule(backward_add_),
+            vmap=vmap.pair_in_place("block_circ_conv_backward_add_", over_pair),
+            flops=flops.backward_add_,
         ),
         Operator(
             op=prepare,
@@ -128,7 +135,6 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.in_place_rule(prepared_add_, prepared_add),
             vmap=vmap.in_place("block_circ_conv_prepared_add_", over_prepared_sum),
             flops=flops.prepared_add,
-            functional=prepared_add,
         ),
     )
 
@@ -165,27 +171,34 @@ def _autocast_rule(op: Overload, device_type: str) -> Rule:
 def _version_rule(op: Overload) -> Rule:
     """Count a write in place, by which autograd finds saved tensors that were changed."""
 
-    def kernel(keyset: DispatchKeySet, base: Any, *args: Any) -> None:
+    written = _private.schema(op).arguments[0].name
+
+    def kernel(keyset: DispatchKeySet, base: Any, *args: Any) -> Any:
         if base is not None and base.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"c3a.{op.name().partition('::')[2]}: expected to write a tensor of inference "
-                "mode within inference mode only; call base.clone() first"
+                f"mode within inference mode only; call {written}.clone() first"
             )
-        _private.below_version_counting(op, keyset, base, *args)
+        result = _private.below_version_counting(op, keyset, base, *args)
         torch.autograd.graph.increment_version(base)
+        return result
 
     return kernel
 
 
-def _negated_rule(op: Overload, functional: Overload) -> Rule:
+def _negated_rule(op: Overload) -> Rule:
     """Write into views with the lazy negative bit, which torch's own fallback cannot here."""
 
     check = shapes.argument_check(op)
 
-    def kernel(base: Tensor, *args: Any) -> None:
+    def kernel(base: Tensor, *args: Any) -> Any:
         check((base, *args))
         args = tuple([t.resolve_neg() if isinstance(t, Tensor) else t for t in args])
-        base.copy_(functional(base.resolve_neg(), *args))
+        plain = base.resolve_neg()
+        result = op(plain, *args)
+        if plain is not base:
+            base.copy_(plain)
+        return result
 
     return kernel
 
@@ -197,9 +210,9 @@ def _register(operator: Operator) -> None:
     torch.library.register_vmap(name, operator.vmap, lib=_LIBRARY)
     _LIBRARY.impl(name, operator.autograd, "Autograd", with_keyset=True)
     flops.register(op, operator.flops)
-    if operator.functional is not None:
+    if _private.schema(op).is_mutable:
         _LIBRARY.impl(name, _version_rule(op), "ADInplaceOrView", with_keyset=True)
-        _LIBRARY.impl(name, _negated_rule(op, operator.functional), "Negative")
+        _LIBRARY.impl(name, _negated_rule(op), "Negative")
     if operator.follows_autocast:
         for device_type, key in AUTOCAST_KEYS.items():
             _LIBRARY.impl(name, _autocast_rule(op, device_type), key)

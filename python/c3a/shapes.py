@@ -57,7 +57,7 @@ def argument_check(op: _private.Overload) -> Callable[[Sequence[Any]], None]:
         if str(a.type) in ("Tensor", "Optional[Tensor]")
     ]
     dtypes = [place for place, a in arguments if a.name == "dtype"]
-    written = [place for place, a in arguments if a.alias_info and a.alias_info.is_write]
+    written = [(place, a.name) for place, a in arguments if a.alias_info and a.alias_info.is_write]
 
     def check(args: Sequence[Any]) -> None:
         for place, argument, is_optional in tensors:
@@ -76,8 +76,8 @@ def argument_check(op: _private.Overload) -> Callable[[Sequence[Any]], None]:
         for place in dtypes:
             if place < len(args) and args[place] is not None:
                 _check_supported(name, "dtype", args[place])
-        for place in written:
-            _check_writable(name, args[place])
+        for place, argument in written:
+            _check_writable(name, args[place], argument)
 
     return check
 
@@ -122,22 +122,22 @@ def _check_same_leading(op: str, g: Tensor, x: Tensor) -> None:
     _check(op, same, lambda: f"expected {rule}, got {_text(g.shape)} and {_text(x.shape)}")
 
 
-def _check_base(op: str, base: Tensor, x: Tensor, features: int) -> None:
-    _check_numbers(op, "base", base)
-    _check_same_device(op, "base", base, "x", x)
+def _check_base(op: str, base: Tensor, x: Tensor, features: int, name: str = "base") -> None:
+    _check_numbers(op, name, base)
+    _check_same_device(op, name, base, "x", x)
     sizes = (*x.shape[:-1], features)
     same = base.dim() == len(sizes) and all(p == q for p, q in zip(base.shape, sizes, strict=True))
-    _check(op, same, lambda: f"expected base of shape {_text(sizes)}, got {_text(base.shape)}")
+    _check(op, same, lambda: f"expected {name} of shape {_text(sizes)}, got {_text(base.shape)}")
 
 
-def _check_writable(op: str, base: Tensor) -> None:
+def _check_writable(op: str, base: Tensor, name: str = "base") -> None:
     apart = all(size < 2 or step for size, step in zip(base.shape, base.stride(), strict=True))
     _check(
         op,
         apart,
         lambda: (
-            f"expected a base that is not expanded, got strides {_text(base.stride())} for shape "
-            f"{_text(base.shape)}; call base.contiguous() first"
+            f"expected a {name} that is not expanded, got strides {_text(base.stride())} for shape "
+            f"{_text(base.shape)}; call {name}.contiguous() first"
         ),
     )
 
@@ -276,13 +276,24 @@ def kernel_grad(
     return g.new_empty(shape, dtype=dtype)
 
 
-def backward(g: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    op = "block_circ_conv_backward"
+def _check_pair(op: str, g: Tensor, x: Tensor, w: Tensor) -> None:
     _check_operands(op, "x", x, w, "n")
     _check_operands(op, "grad_output", g, w, "m")
     _check_same_device(op, "grad_output", g, "x", x)
     _check_same_leading(op, g, x)
+
+
+def backward(g: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    _check_pair("block_circ_conv_backward", g, x, w)
     return x.new_empty(x.shape), w.new_empty(w.shape)
+
+
+def backward_add_(dx: Tensor, g: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+    op = "block_circ_conv_backward_add_"
+    _check_pair(op, g, x, w)
+    _check_base(op, dx, x, x.shape[-1], "grad_input")
+    _check_writable(op, dx, "grad_input")
+    return w.new_empty(w.shape)
 
 
 def prepare(

@@ -119,26 +119,31 @@ def summed(product_rule: Rule) -> Rule:
     return rule
 
 
+def _batched(name: str, what: str, dim: int | None, functional: str) -> int:
+    if dim is None:
+        raise RuntimeError(
+            f"c3a.{name}: vmap cannot write a batch into a {what} that has none; use {functional}"
+        )
+    return dim
+
+
 def in_place(name: str, sum_rule: Rule) -> Callable[..., tuple[None, None]]:
     def rule(info: Info, in_dims: Dims, base: Tensor, *args: Any) -> tuple[None, None]:
-        if in_dims[0] is None:
-            raise RuntimeError(
-                f"c3a.{name}: vmap cannot write a batch into a base that has none; use "
-                f"{name.removesuffix('_')}"
-            )
+        dim = _batched(name, "base", in_dims[0], name.removesuffix("_"))
         result, _ = sum_rule(info, in_dims, base, *args)
-        base.movedim(in_dims[0], 0).copy_(result)
+        base.movedim(dim, 0).copy_(result)
         return None, None
 
     return rule
 
 
-def pair(
-    input_grad_rule: Rule, kernel_grad_rule: Rule
-) -> Callable[..., tuple[tuple[Tensor, Tensor], Dims]]:
+PairRule = Callable[..., tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]]
+
+
+def pair(input_grad_rule: Rule, kernel_grad_rule: Rule) -> PairRule:
     def rule(
         info: Info, in_dims: Dims, g: Tensor, x: Tensor, w: Tensor, scale: float = 1.0
-    ) -> tuple[tuple[Tensor, Tensor], Dims]:
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]:
         g_dim, x_dim, w_dim = in_dims[:3]
         # The last dimension of one kernel, wherever the batch of kernels has its own.
         block_size = w.shape[-2 if w_dim == w.dim() - 1 else -1]
@@ -147,5 +152,18 @@ def pair(
         of_both = (g_dim, x_dim, None, None, None)
         dw, dw_dim = kernel_grad_rule(info, of_both, g, x, block_size, w.dtype, scale)
         return (dx.to(x.dtype), dw), (dx_dim, dw_dim)
+
+    return rule
+
+
+def pair_in_place(name: str, pair_rule: PairRule) -> Rule:
+    def rule(info: Info, in_dims: Dims, dx: Tensor, g: Tensor, x: Tensor, *rest: Any) -> Result:
+        dim = _batched(name, "grad_input", in_dims[0], "block_circ_conv_backward")
+        # Not rounded below the dtype of what it is added onto on the way.
+        x = widened(x, dx.dtype)
+        (more, dw), (more_dim, dw_dim) = pair_rule(info, in_dims[1:], g, x, *rest)
+        dx = dx.movedim(dim, 0)
+        dx.copy_(dx + (more if more_dim is None else more.movedim(more_dim, 0)))
+        return dw, dw_dim
 
     return rule
