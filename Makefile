@@ -72,15 +72,13 @@ test: $(PY)
 	$(MAKE) lint
 	$(PY) -m pytest
 
-# Files, types, documents and the command line do not depend on the level.
-ANY_LEVEL := --ignore-glob "*cli*" --ignore-glob "*files*" --ignore-glob "*types*" \
-	--ignore tests/test_adapter.py --ignore tests/test_docs.py --ignore tests/test_examples.py \
-	--ignore tests/test_readme.py
+# What depends on the level.
+OF_LEVELS := $(patsubst %,tests/test_%.py,cpu fuzz linear node operator prepared rules stress weight)
 
 levels:
-	! grep -qw avx512_bf16 /proc/cpuinfo || C3A_CPU_LEVEL=x86-64-v4 $(PY) -m pytest $(ANY_LEVEL)
-	C3A_CPU_LEVEL=x86-64-v3 $(PY) -m pytest $(ANY_LEVEL)
-	C3A_CPU_LEVEL=x86-64-v2 $(PY) -m pytest $(ANY_LEVEL)
+	! grep -qw avx512_bf16 /proc/cpuinfo || C3A_CPU_LEVEL=x86-64-v4 $(PY) -m pytest $(OF_LEVELS)
+	C3A_CPU_LEVEL=x86-64-v3 $(PY) -m pytest $(OF_LEVELS)
+	C3A_CPU_LEVEL=x86-64-v2 $(PY) -m pytest $(OF_LEVELS)
 	C3A_CPU_LEVEL=aten $(PY) -m pytest tests/test_operator.py tests/test_rules.py tests/test_linear.py
 
 # SECONDS of random calls from SEED on, at every instruction set, and of 8 threads.
