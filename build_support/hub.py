@@ -4,7 +4,7 @@ FOLDER/build/VARIANT/ is a build, which ``kernels.get_local_kernel(FOLDER)`` loa
 torch-ext/, cpp/ and cuda/ are its sources in that package's layout (kernel-builder itself, which
 needs Nix, has not been tried). The operators have a namespace of their own, named after the
 sources, so that any number of versions, and an installed c3a, live in one process. With C3A_CUDA=ON
-the build is for CUDA. The Python files are the package's, as far as what ``INIT`` offers needs
+the build is for CUDA. The Python files are the package's, as far as what ``init()`` offers needs
 them: torch and the standard library.
 """
 
@@ -26,36 +26,37 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "c3a"
 NAME = "c3a"
 KERNELS = "0.17.0"  # the version of the kernels package that this was tried with
-LEVELS = {
-    "x86_64_v2": "-march=x86-64-v2",
-    "x86_64_v3": "-march=x86-64-v3",
-    "x86_64_v4": "-march=x86-64-v4",
-}
+# What the copy offers, of the package's __init__: what needs torch and the standard library alone.
+OFFERED = ("linear", "ops", "reference")
 
-INIT = '''"""Block-circular convolution: ``y = scale * x @ circulant(w).T``, by FFT."""
 
-from . import cuda
-from .linear import C3ALinear
-from .ops import (
-    block_circ_conv,
-    block_circ_conv_add,
-    block_circ_conv_prepared,
-    block_circ_conv_prepared_add,
-    prepare,
-)
-from .reference import circulant
+def levels() -> dict[str, list[str]]:
+    """Return the compiler's options for each instruction-set level of x86-64, as CMake's are."""
+    text = (ROOT / "build_support" / "compiler.cmake").read_text()
+    names = re.search(r"set\(C3A_LEVELS (x86_64[^)]*)\)", text)[1].split()
+    march = {name: f"-march={name.removesuffix('_bf16').replace('_', '-')}" for name in names}
+    return {
+        name: [march[name], *(["-mavx512bf16"] if name.endswith("_bf16") else [])] for name in names
+    }
 
-__all__ = [
-    "C3ALinear",
-    "block_circ_conv",
-    "block_circ_conv_add",
-    "block_circ_conv_prepared",
-    "block_circ_conv_prepared_add",
-    "circulant",
-    "cuda",
-    "prepare",
-]
-'''
+
+def init() -> str:
+    """Return the copy's ``__init__``."""
+    source = ast.parse((PACKAGE / "__init__.py").read_text())
+    imports = [
+        node
+        for node in source.body
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module in OFFERED
+    ]
+    names = sorted(["cuda", *(alias.name for node in imports for alias in node.names)])
+    return "\n".join(
+        [
+            '"""Block-circular convolution: ``y = scale * x @ circulant(w).T``, by FFT."""\n',
+            "from . import cuda",
+            *map(ast.unparse, imports),
+            f"\n__all__ = {names}\n",
+        ]
+    )
 
 
 def modules(source: str) -> set[str]:
@@ -105,8 +106,8 @@ def build_toml(project: dict[str, str], defines: list[str]) -> str:
     for backend in ("cpu", "cuda"):
         parts.append(kernel(f"front_{backend}", backend, host))
         parts += [
-            kernel(f"{level}_{backend}", backend, [f"cpp/{level}.cpp"], march)
-            for level, march in LEVELS.items()
+            kernel(f"{level}_{backend}", backend, [f"cpp/{level}.cpp"], *options)
+            for level, options in levels().items()
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -116,7 +117,7 @@ def lay_out_sources(folder: Path, project: dict[str, str], name: str) -> None:
         (folder / part).mkdir(parents=True)
         for path in (path for pattern in patterns for path in (ROOT / part).glob(pattern)):
             shutil.copy(path, folder / part)
-    for level in LEVELS:
+    for level in levels():
         text = f'#define C3A_LEVEL {level}\n#include "cpu_kernel.cpp"\n'
         (folder / "cpp" / f"{level}.cpp").write_text(text)
     facts = {"C3A_VERSION": project["version"], "C3A_COMPILER": "kernel-builder"}
@@ -131,8 +132,8 @@ def lay_out_sources(folder: Path, project: dict[str, str], name: str) -> None:
 
 def lay_out_package(folder: Path, name: str) -> None:
     folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text(INIT)
-    for module in modules(INIT):
+    (folder / "__init__.py").write_text(init())
+    for module in modules(init()):
         text = (PACKAGE / f"{module}.py").read_text()
         if module == "_library":
             text, count = re.subn('^NAMESPACE = "c3a"$', f'NAMESPACE = "{name}"', text, flags=re.M)

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,16 @@ def test_the_kernels_package_reads_the_sources_description(hub, tmp_path):
     hub.lay_out_sources(tmp_path / "c3a", {"version": "1", "license": "Apache-2.0"}, "_c3a_cpu_0")
     backends = rust.Build.open(tmp_path / "c3a").general.backends
     assert [str(backend) for backend in backends] == ["cpu", "cuda"]
+
+
+def test_every_level_that_the_cpu_chooses_among_is_in_the_sources_description(hub, tmp_path):
+    chosen = re.findall(r"\blevel_(x86\w+)", (ROOT / "cpp" / "cpu.cpp").read_text())
+    project = {"version": "1", "license": "Apache-2.0"}
+    hub.lay_out_sources(tmp_path / "c3a", project, "_c3a_cpu_0")
+    text = (tmp_path / "c3a" / "build.toml").read_text()
+    described = set(re.findall(r"^\[kernel\.(x86\w+)_cpu\]$", text, re.M))
+    assert described == set(chosen)
+    assert '"-march=x86-64-v4", "-mavx512bf16"' in text
 
 
 LOAD = {
