@@ -510,6 +510,7 @@ struct Tag {
   static uint64_t made(As as, bool transposed) {
     return 0x6333612d68617400 + 2 * static_cast<uint64_t>(as) + transposed;
   }
+  bool is(As as) const { return maker == made(as, false) || maker == made(as, true); }
 
   // Kernel number `index` of a tensor of prepared ones.
   struct Place {
@@ -521,6 +522,11 @@ struct Tag {
       spectra = static_cast<char*>(w_hat.data_ptr()) + index * bytes;
     }
     char* tag() const { return spectra + bytes - sizeof(Tag); }
+    Tag read() const {
+      Tag found;
+      std::memcpy(&found, tag(), sizeof(Tag));
+      return found;
+    }
     uint64_t sample() const {
       constexpr int64_t kNumbers = 17;
       std::array<float, kNumbers> found;
@@ -536,9 +542,7 @@ struct Tag {
   static std::pair<Tag, uint64_t> of(const Problem& p, const Tensor& w_hat) {
     const Tensor t = w_hat.is_contiguous() ? w_hat : torch::stable::contiguous(w_hat);
     const Place place(p.m, p.n, p.b, t, 0);
-    Tag tag;
-    std::memcpy(&tag, place.tag(), sizeof(Tag));
-    return {tag, place.sample()};
+    return {place.read(), place.sample()};
   }
 };
 // A tag is behind all that a vector reads past the spectra.
@@ -549,8 +553,9 @@ struct Cpu {
     const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::convolve(c);
     const bool prepared = c.form == Form::prepared;
-    const bool pairs = prepared ? made_as(c.p, c.kernel, Tag::As::pairs)
-                                : by_pairs({c.in.scalar_type(), c.out.scalar_type()});
+    const bool pairs = prepared
+                           ? Tag::Place(c.p.m, c.p.n, c.p.b, c.kernel, 0).read().is(Tag::As::pairs)
+                           : by_pairs({c.in.scalar_type(), c.out.scalar_type()});
     with_types(compute_type({c.in, c.kernel, c.out}), pairs, [&]<class T, class S>() {
       const Tiles<T, S> tiles(c.p, *plan);
       const Tensor w_hat =
@@ -622,9 +627,9 @@ struct Cpu {
   static void check_prepared(
       const char* op, const Problem& p, const Tensor& w_hat, const Tensor* transposed) {
     const auto [tag, sample] = Tag::of(p, w_hat);
-    const Tag::As as = !plan_of(p.b)                               ? Tag::As::by_aten
-                       : in_use().pairs && is(tag, Tag::As::pairs) ? Tag::As::pairs
-                                                                   : Tag::As::numbers;
+    const Tag::As as = !plan_of(p.b)                              ? Tag::As::by_aten
+                       : in_use().pairs && tag.is(Tag::As::pairs) ? Tag::As::pairs
+                                                                  : Tag::As::numbers;
     const bool is_transposed = tag.maker == Tag::made(as, true);
     const Tag expected{Tag::made(as, is_transposed), p.m, p.n, p.b, tag.source, sample};
     check(
@@ -637,14 +642,6 @@ struct Cpu {
         other == mirrored, op,
         "expected w_hat and w_hat_transposed to be c3a.prepare(w) and c3a.prepare(w, "
         "transposed=True) of one w, one dtype and one scale, got tensors of different origin");
-  }
-
- private:
-  static bool is(const Tag& tag, Tag::As as) {
-    return tag.maker == Tag::made(as, false) || tag.maker == Tag::made(as, true);
-  }
-  static bool made_as(const Problem& p, const Tensor& w_hat, Tag::As as) {
-    return is(Tag::of(p, w_hat).first, as);
   }
 };
 

@@ -38,7 +38,7 @@ def additions(monkeypatch):
     return calls
 
 
-def test_dtype_device_and_shape_cost_nothing(additions, device):
+def test_dtype_device_and_shape_need_no_sum(additions, device):
     layer = adapted(nn.Linear(12, 8).to(torch.bfloat16))
     weight = layer.weight
     assert (weight.dtype, weight.device.type) == (torch.bfloat16, device.type)

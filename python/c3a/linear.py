@@ -276,7 +276,7 @@ class C3ALinear(nn.Module):
         """The weight by which the layer is a linear one, for code that reads it.
 
         ``base_layer.weight + delta_weight()`` in the base weight's dtype and layout, differentiable
-        in the kernel. Its dtype, device and shape cost nothing, the sum is made when something
+        in the kernel. Its dtype, device and shape need no sum, which is made when something
         computes with it (``c3a.weight.AdaptedWeight``). The base layer's own weight while merged or
         disabled, and where it is not dense, as with quantised layers.
         """

@@ -33,15 +33,15 @@ class Operator:
 
 
 def _records() -> tuple[Operator, ...]:
-    forward = _OPS.block_circ_conv.default
-    input_grad = _OPS.block_circ_conv_input_grad.default
-    kernel_grad = _OPS.block_circ_conv_kernel_grad.default
+    forward = autograd.FORWARD.op
+    input_grad = autograd.INPUT_GRAD.op
+    kernel_grad = autograd.KERNEL_GRAD.op
+    prepared = autograd.PREPARED.op
     backward = _OPS.block_circ_conv_backward.default
     backward_add_ = _OPS.block_circ_conv_backward_add_.default
     add = _OPS.block_circ_conv_add.default
     add_ = _OPS.block_circ_conv_add_.default
     prepare = _OPS.prepare.default
-    prepared = _OPS.block_circ_conv_prepared.default
     prepared_add = _OPS.block_circ_conv_prepared_add.default
     prepared_add_ = _OPS.block_circ_conv_prepared_add_.default
 

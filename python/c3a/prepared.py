@@ -24,9 +24,8 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 class _Held(NamedTuple):
     """What was prepared, and from what; replaced as a whole."""
 
-    source: tuple[
-        object, ...
-    ]  # shape, dtype, device, scale, and off the CPU also place and version
+    # shape, dtype, device, scale, and off the CPU also place and version
+    source: tuple[object, ...]
     copy: Tensor | None  # of the kernel, on the CPU
     dtype: torch.dtype  # what it was prepared for
     w_hat: Tensor

@@ -1,7 +1,7 @@
 """The weight of an adapted layer, for code that reads it instead of calling the layer.
 
 Much code reads a layer's ``weight``: most of it for the dtype or the device, at every call, which
-must cost next to nothing; some of it to compute with, which must not leave the adapter out.
+must not add anything up; some of it to compute with, which must not leave the adapter out.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class _Layer(Protocol):
 class AdaptedWeight(Tensor):
     """``base_layer.weight + scale * circulant(c3a_kernel)``, added up anew by every computation.
 
-    Its dtype, device and shape are the base weight's, and cost nothing; nor do views of it. It is a
+    Its dtype, device and shape are the base weight's, and need no sum; nor do views of it. It is a
     value, as the result of an addition is: writing to it, or computing with it after the layer has
     changed, raises RuntimeError.
     """
