@@ -32,7 +32,7 @@ CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda
 CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
 .PHONY: help finetune test levels fuzz sanitize emulated mutants emulated-torch torches aarch64 lint \
-	format bench docs cuda gpu wheel wheel-test wheel-twice wheels \
+	format bench docs cuda gpu wheel wheel-twice wheels \
 	wheels-check wheels-test hub
 
 help:
@@ -47,7 +47,6 @@ help:
 	@echo "make torches    build with the oldest and the newest torch, and run the tests (2 x 5.5 GB)"
 	@echo "make aarch64    compile the CPU library for aarch64 (after make test)"
 	@echo "make wheel      a wheel of this Python for manylinux_2_28, in dist (C3A_CUDA=ON: with CUDA)"
-	@echo "make wheel-test      install it without a compiler in a new environment, and test it there"
 	@echo "make wheels     the wheels of every Python here, py3-none and the sources, checked, in dist"
 	@echo "make wheels-test     the suite against the wheels, in new environments (TORCHES: with which)"
 	@echo "make wheel-twice     build it in two folders: are the bytes the same?"
@@ -206,15 +205,6 @@ wheels-check:
 	$(VENV)/bin/check-wheel-contents "$(DIST)"
 	$(PY) -m twine check --strict "$(DIST)"/*
 	ls -l "$(DIST)"
-
-WHEEL_VENV := build/wheel-test
-
-wheel-test:
-	rm -rf $(WHEEL_VENV)
-	$(PYTHON) -m venv $(WHEEL_VENV)
-	$(WHEEL_VENV)/bin/python -m pip install --quiet $(TORCH) pytest numpy scipy
-	CXX=/bin/false $(WHEEL_VENV)/bin/python -m pip install --quiet --only-binary :all: $(DIST)/*.whl
-	$(WHEEL_VENV)/bin/python -m pytest tests/test_operator.py tests/test_cpu.py tests/test_package.py
 
 # Every wheel with every torch, on the wheel's Python; what the tests of the operators, of the package and
 # of layers need is copied away from the sources, which would be imported in its place. A torch other than

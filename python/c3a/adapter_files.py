@@ -20,6 +20,7 @@ from torch import Tensor
 from .files import replacing_in
 from .names import shown
 from .shapes import SUPPORTED_DTYPES
+from .sizes import is_count
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -54,10 +55,6 @@ def _is_number(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_size(value: object) -> bool:
-    return _is_number(value) and value >= 1
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -70,10 +67,10 @@ def _is_list_of(test: Callable[[object], bool]) -> Callable[[object], bool]:
 _KEYS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "base_model_name_or_path": ("a name or a path", _is_text),
     "bias": ("'none' (a base model's trained biases cannot be loaded)", lambda v: v == "none"),
-    "block_size": ("a whole number >= 1", _is_size),
+    "block_size": ("a whole number >= 1", is_count),
     "block_size_pattern": (
         "a mapping from names to whole numbers >= 1",
-        lambda value: isinstance(value, dict) and all(map(_is_size, value.values())),
+        lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
     ),
     "layers_pattern": (
         "a name or a list of names",

@@ -2,9 +2,14 @@
 
 import math
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Return whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:

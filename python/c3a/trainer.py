@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter import save_adapter
 from .adapter_files import WEIGHTS
 from .patch import adapted_layers
+from .sizes import is_count
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -60,12 +61,12 @@ class AdapterCallback(TrainerCallback):
         keep: int | None = None,
         task_type: str | None = None,
     ) -> None:
-        if every != "epoch" and not _is_count(every):
+        if every != "epoch" and not is_count(every):
             raise ValueError(
                 "c3a.trainer.AdapterCallback: expected every to be 'epoch' or a number of steps "
                 f">= 1, got {every!r}"
             )
-        if keep is not None and not _is_count(keep):
+        if keep is not None and not is_count(keep):
             raise ValueError(
                 f"c3a.trainer.AdapterCallback: expected keep to be a number >= 1, got {keep!r}"
             )
@@ -113,7 +114,3 @@ class AdapterCallback(TrainerCallback):
             saved.sort(key=lambda path: (path / WEIGHTS).stat().st_mtime_ns)
             for old in saved[: -self.keep]:
                 shutil.rmtree(old)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
