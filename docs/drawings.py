@@ -44,7 +44,7 @@ class Drawing:
 
 
 def _colour(i: int, j: int, position: int) -> str:
-    return f"hsl({(i * N + j) * 360 // (M * N)}, 65%, {86 - 9 * position}%)"
+    return f"hsl({(i * N + j) * 360 // (M * N)}, 65%, {88 - 6 * position}%)"
 
 
 def matrix() -> Drawing:
