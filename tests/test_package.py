@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -351,5 +351,10 @@ assert main(["inspect", "nowhere"]) == 2
 def test_a_warning_of_torchs_own_lines_fails_no_test(module, fails):
     """A torch that is newer than the tests may have new ones; what it says of our lines fails."""
     code = compile("import warnings; warnings.warn('deprecated')", "<test>", "exec")
-    with pytest.raises(UserWarning) if fails else nullcontext():
-        exec(code, {"__name__": module})
+    if fails:
+        with pytest.raises(UserWarning, match="deprecated"):
+            exec(code, {"__name__": module})
+    else:
+        with warnings.catch_warnings(record=True) as said:
+            exec(code, {"__name__": module})
+        assert [str(warning.message) for warning in said] == ["deprecated"]
