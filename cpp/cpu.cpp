@@ -253,10 +253,11 @@ class Tiles {
     const int64_t x_size = std::max(slab_bytes<S>(p_.n, tile), slab_bytes<T>(p_.n, tile));
     const int64_t width = lanes_ == Lanes::blocks ? round_up(p_.n, k_.lanes) : p_.n;
     const int64_t size = f_.slots() * p_.m * 2 * width;
-    // Parts of the tokens are summed apart, then in order. Their number depends on the shape alone,
-    // and so does the result.
-    const int64_t most = std::max<int64_t>(1, 8 * 1024 * 1024 / (size * sizeof(T)));
-    const int64_t parts = std::max<int64_t>(1, std::min({p_.tokens / 256, most, int64_t{16}}));
+    // Parts of the tokens, one of them a thread's, are summed apart, then in order. Their number
+    // depends on the shape alone, and so does the result.
+    const int64_t most = 8 * 1024 * 1024 / (size * sizeof(T));
+    const int64_t parts =
+        std::max<int64_t>(1, std::min({p_.tokens / kPartTokens, tiles, most, int64_t{16}}));
     const Tensor sums = memory_for(parts * size, kType);
     T* sum = numbers<T>(sums);
     const auto spectra_of_part = [&](int64_t part) {
@@ -314,6 +315,8 @@ class Tiles {
   // The spectra of a tile of tokens, on both sides of a product: a share of a second-level cache
   // that leaves room for the kernel's spectra and the tiles that are on their way.
   static constexpr int64_t kTileBytes = 128 * 1024;
+  // Fewer are not worth a sum of their own.
+  static constexpr int64_t kPartTokens = 64;
 
   // The way that fills lanes better.
   Lanes choose() const {

@@ -441,7 +441,84 @@ def test_other_base_layers_keep_their_own_nodes(change):
         assert (parameter.grad is not None) == parameter.requires_grad
 
 
-@pytest.mark.parametrize("mode", ["no_grad", "autocast", "nothing wanted", "merged", "disabled"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+def test_under_autocast_it_is_one_node_that_keeps_the_input_as_it_is(
+    dtype, of_x, wanted, inside, device
+):
+    layer = adapted(torch.float32, in_features=64)
+    layer.c3a_kernel.requires_grad_(wanted[1])
+    x = torch.randn(6, 64, dtype=of_x, requires_grad=wanted[0])
+    h = torch.randn(6, 8, dtype=dtype)
+
+    def step(layer, **options):
+        leaves = [
+            t for t, is_wanted in zip((x, layer.c3a_kernel), wanted, strict=True) if is_wanted
+        ]
+        with torch.autocast(device.type, dtype):
+            y = layer(x)
+            if inside:
+                return y, torch.autograd.grad(y, leaves, h, **options)
+        return y, torch.autograd.grad(y, leaves, h, **options)
+
+    with saved_for_backward(layer) as saved:
+        y, gradients = step(layer)
+    assert y.grad_fn.name() == (ONE if wanted[1] or not x.is_cpu else PREPARED)
+    assert y.dtype == dtype
+    if wanted[1]:
+        copy = layer.base_layer.weight.nbytes // 2 if wanted[0] else 0  # autocast's weight
+        assert saved.total == x.nbytes + copy
+    narrow = [None if t is None else t.to(dtype).double() for t in layer.base_layer.parameters()]
+    matrix = layer.scale * c3a.circulant(layer.c3a_kernel.double())
+    expected = x.to(dtype).double() @ narrow[0].T + narrow[1] + x.double() @ matrix.T
+    assert relative_error(y.detach(), expected.detach()) < 3 * torch.finfo(dtype).eps
+    if wanted[0]:
+        exact = h.double() @ (narrow[0] + matrix)
+        assert gradients[0].dtype == of_x
+        assert relative_error(gradients[0], exact.detach()) < 3 * torch.finfo(dtype).eps
+    twin = twin_of(layer)
+    twin.c3a_kernel.requires_grad_(wanted[1])
+    _, two = step(twin)
+    for one, other in zip(gradients, two, strict=True):
+        assert relative_error(one, other.double()) < 6 * torch.finfo(dtype).eps
+    for one, other in zip(gradients, step(layer, create_graph=wanted[1])[1], strict=True):
+        assert relative_error(one, other.double()) < 6 * torch.finfo(dtype).eps
+
+
+def test_tangents_under_autocast_are_those_of_two_nodes(device):
+    layer = adapted(torch.float32, in_features=64)
+    x, dot = torch.randn(6, 64, requires_grad=True), torch.randn(6, 64)
+    tangents = []
+    for of in (layer, twin_of(layer)):
+        with forward_ad.dual_level(), torch.autocast(device.type, torch.bfloat16):
+            y = of(forward_ad.make_dual(x, dot))
+            assert not is_one(y)
+            tangents.append(forward_ad.unpack_dual(y).tangent)
+    assert torch.equal(*tangents)
+
+
+def test_autocast_leaves_float64_alone(device):
+    layer = adapted(torch.float64)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert layer(torch.randn(5, 12, dtype=torch.float64, requires_grad=True)).dtype == (
+            torch.float64
+        )
+
+
+def test_another_devices_autocast_changes_nothing(device):
+    other = "cuda" if device.type == "cpu" else "cpu"
+    layer = adapted(torch.float32)
+    torch.set_autocast_enabled(other, True)
+    try:
+        y = layer(torch.randn(5, 12, requires_grad=True))
+    finally:
+        torch.set_autocast_enabled(other, False)
+    assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "nothing wanted", "merged", "disabled"])
 def test_calls_without_the_node(mode, device):
     layer = adapted(torch.float32)
     x = torch.randn(5, 12, requires_grad=mode != "nothing wanted")
@@ -450,8 +527,7 @@ def test_calls_without_the_node(mode, device):
     if mode == "merged":
         layer.merge()
     layer.enabled = mode != "disabled"
-    context = {"no_grad": torch.no_grad(), "autocast": torch.autocast(device.type, torch.bfloat16)}
-    with context.get(mode, nullcontext()):
+    with torch.no_grad() if mode == "no_grad" else nullcontext():
         y = layer(x)
     assert y.grad_fn is None or not is_one(y)
 

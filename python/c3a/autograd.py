@@ -241,13 +241,16 @@ def _tangents(
     return product.tangents(args, *dots)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Let gradients keep their dtypes where a backward pass runs within an autocast region."""
+def autocasts(device_type: str) -> bool:
+    """Return whether autocast is at work on a device; on some, such as meta, it never is."""
     # Compiled autograd can trace the first of these on every torch, not the second.
     has_autocast = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
-    if has_autocast and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return has_autocast and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Let gradients keep their dtypes where a backward pass runs within an autocast region."""
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
 
 
 def _product_node(name: str, product: Product) -> _Node:
@@ -508,7 +511,8 @@ def add_into(product: Product, base: Tensor, *args: Any) -> Tensor:
 def _linear_node(name: str, product: Product) -> _Node:
     """Make the node of a frozen linear layer plus a product of the same input.
 
-    Its arguments are weight, bias and the product's. Both sums, the result's and the input
+    Its arguments are weight, bias and the product's. The linear layer computes in the weight's
+    dtype, which under autocast is not the input's. Both sums, the result's and the input
     gradient's, are made in the linear layer's share.
     """
     in_place = _IN_PLACE[product]
@@ -520,8 +524,9 @@ def _linear_node(name: str, product: Product) -> _Node:
         ctx.save_for_backward(*kept, weight if needs[0] else None)
         _save_for_tangents(ctx, args)
         ctx.is_dual = False
-        with _private.kernels_only():
-            y = F.linear(x, weight, bias)
+        ctx.of_x = x.dtype
+        with _private.kernels_only(), _private.autocast_disabled():
+            y = F.linear(x.to(weight.dtype), weight, bias)
             in_place.add_(y, x, *rest)
         return y
 
@@ -536,14 +541,14 @@ def _linear_node(name: str, product: Product) -> _Node:
         if not ctx.is_dual and _is_alone(h, tensors):
             with _private.kernels_only(), _private.autocast_disabled():
                 if wanted[0]:
-                    dx = share = h.matmul(weight)
+                    dx = share = h.matmul(weight).to(ctx.of_x)
                     dw = in_place.add_gradient(share, h, kept, ctx.saved, wanted)
                 else:
                     dx, dw = product.gradients(h, kept, ctx.saved, wanted)
         else:
             with _without_autocast(h.device.type):
                 dx, dw = product.gradients(h, kept, ctx.saved, wanted)
-                dx = None if dx is None else h.matmul(weight) + dx
+                dx = None if dx is None else h.matmul(weight).to(ctx.of_x) + dx
         return (None, None, dx, dw, *(None for _ in ctx.needs_input_grad[4:]))
 
     def jvp(
@@ -588,6 +593,7 @@ def add_to_linear(
     """Return ``F.linear(x, weight, bias)`` plus a product of ``x``, as one node of the graph.
 
     For an ordinary call (``_private.is_ordinary``) that wants a gradient, with a weight and a bias
-    that want none, in the dtype of ``x``, and all arguments of the product.
+    that want none, and all arguments of the product. The result has the weight's dtype; where that
+    is not the input's, nothing may have a tangent.
     """
     return _ON_LINEAR[product].apply(weight, bias, x, *args)

@@ -193,7 +193,7 @@ class C3ALinear(nn.Module):
         kernel, scale = self.c3a_kernel, self.scale
         frozen = self._frozen_linear(base, x, kernel)
         if frozen:
-            prepared = self._prepared_for(kernel, scale, x, x)
+            prepared = self._prepared_for(kernel, scale, x, frozen[0].dtype)
             if prepared:
                 return autograd.add_to_linear(autograd.PREPARED, *frozen, x, *prepared)
             return autograd.add_to_linear(autograd.FORWARD, *frozen, x, kernel, scale)
@@ -205,7 +205,7 @@ class C3ALinear(nn.Module):
             _warn_of_a_cut_graph(base, x, y)
         more_in, more_out = self._pad
         x = F.pad(x, (0, more_in)) if more_in else x
-        prepared = self._prepared_for(kernel, scale, x, y) if is_plain else None
+        prepared = self._prepared_for(kernel, scale, x, y.dtype) if is_plain else None
         if more_out:
             if prepared:
                 delta = block_circ_conv_prepared(x, *prepared)
@@ -224,7 +224,10 @@ class C3ALinear(nn.Module):
     def _frozen_linear(
         self, base: nn.Module, x: Tensor, kernel: Tensor
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Return the base layer's weight and bias where it and the adapter can be one node."""
+        """Return the base layer's weight and bias where it and the adapter can be one node.
+
+        In the dtype in which the base layer computes: its own, or autocast's.
+        """
         if (
             not torch.is_grad_enabled()
             or not _private.is_ordinary(x, kernel)
@@ -233,15 +236,21 @@ class C3ALinear(nn.Module):
         ):
             return None
         frozen = _private.frozen_linear(base)
+        # A prepared kernel has no tangent.
+        if frozen is None or (not kernel.requires_grad and _private.has_tangent(kernel)):
+            return None
+        if not _private.any_autocast_enabled():
+            return frozen if frozen[0].dtype == x.dtype else None
+        weight, bias = frozen
+        device = x.device.type
         if (
-            frozen is None
-            or frozen[0].dtype != x.dtype
-            or _private.any_autocast_enabled()
-            # A prepared kernel has no tangent.
-            or (not kernel.requires_grad and _private.has_tangent(kernel))
+            not autograd.autocasts(device)
+            or torch.float64 in (x.dtype, weight.dtype)
+            or _private.has_tangent(x, kernel, *(t for t in frozen if t is not None))
         ):
             return None
-        return frozen
+        dtype = torch.get_autocast_dtype(device)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def prepare(self) -> None:
         """Transform the kernel once for the calls to come that want no gradient for it.
@@ -255,14 +264,14 @@ class C3ALinear(nn.Module):
         self._prepared.make(self.c3a_kernel, self.scale)
 
     def _prepared_for(
-        self, kernel: Tensor, scale: float, x: Tensor, y: Tensor
+        self, kernel: Tensor, scale: float, x: Tensor, of_y: torch.dtype
     ) -> tuple[Tensor, int, Tensor | None] | None:
         """Return ``(w_hat, block_size, w_hat_transposed)`` for a plain call, or None."""
         grad = torch.is_grad_enabled()
         if grad and kernel.requires_grad:
             return None
         transposed = grad and x.requires_grad
-        found = self._prepared.get(kernel, scale, (x.dtype, y.dtype), transposed)
+        found = self._prepared.get(kernel, scale, (x.dtype, of_y), transposed)
         return found and (found[0], self.block_size, found[1])
 
     def train(self, mode: bool = True) -> "Self":
