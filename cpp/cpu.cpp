@@ -293,10 +293,15 @@ class Tiles {
         });
     const T factor = static_cast<T>(scale) / f_.gain();
     torch::stable::parallel_for(0, size, grain(parts), [&](int64_t begin, int64_t end) {
-      for (int64_t e = begin; e < end; ++e) {
-        T total = sum[e];
-        for (int64_t part = 1; part < parts; ++part) total += sum[part * size + e];
-        sum[e] = total * factor;
+      constexpr int64_t kSome = 1024;
+      for (; begin < end; begin += kSome) {
+        const int64_t count = std::min(kSome, end - begin);
+        T* total = sum + begin;
+        for (int64_t part = 1; part < parts; ++part) {
+          const T* more = total + part * size;
+          for (int64_t e = 0; e < count; ++e) total[e] += more[e];
+        }
+        for (int64_t e = 0; e < count; ++e) total[e] *= factor;
       }
     });
     const Blocked out(dw, p_.m * p_.n, p_.b);
@@ -328,14 +333,15 @@ class Tiles {
   }
 
   // Tokens whose spectra, of activations on both sides, take at most `bytes`: up to `vectors`
-  // vectors of them, or at least one vector (or token).
+  // vectors of them, or at least one vector (or token), and no more than there are.
   int64_t tile_tokens(int64_t bytes, int64_t vectors) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
     const int64_t blocks =
         by_blocks ? round_up(p_.m, k_.lanes) + round_up(p_.n, k_.lanes) : p_.m + p_.n;
     const int64_t unit = by_blocks ? 1 : k_.lanes;
     const int64_t fit = bytes / (blocks * p_.b * unit * static_cast<int64_t>(sizeof(T)));
-    return unit * std::clamp<int64_t>(fit, 1, by_blocks ? 64 : vectors);
+    const int64_t all = round_up(p_.tokens, unit) / unit;
+    return unit * std::clamp<int64_t>(fit, 1, std::min<int64_t>(by_blocks ? 64 : vectors, all));
   }
 
   // The spectra of `tokens` tokens of so many blocks, as numbers of two planes or as pairs of one.

@@ -44,21 +44,42 @@ void check(bool holds, const char* op, const Parts&... parts) {
   throw Refusal(message.str());
 }
 
-inline std::string shape(const std::vector<int64_t>& sizes) {
-  std::ostringstream text;
-  text << '(';
-  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
-  text << (sizes.size() == 1 ? ",)" : ")");
-  return text.str();
+// A part of a message that is made only where the message is: streams cost more than all the rules.
+template <class Write>
+struct Part {
+  Write write;
+  friend std::ostream& operator<<(std::ostream& message, const Part& part) {
+    part.write(message);
+    return message;
+  }
+};
+template <class Write>
+Part(Write) -> Part<Write>;
+
+// `size(d)` for d < dimensions
+template <class Size>
+auto tuple(int64_t dimensions, Size size) {
+  return Part{[=](std::ostream& message) {
+    message << '(';
+    for (int64_t d = 0; d < dimensions; ++d) message << (d ? ", " : "") << size(d);
+    message << (dimensions == 1 ? ",)" : ")");
+  }};
 }
-inline std::string shape(const Tensor& t) {
-  return shape(std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
+inline auto shape(const Tensor& t) {
+  return tuple(t.dim(), [&t](int64_t d) { return t.size(d); });
+}
+inline auto strides(const Tensor& t) {
+  return tuple(t.dim(), [&t](int64_t d) { return t.stride(d); });
 }
 
-inline std::string device(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  const std::string index = std::to_string(t.get_device_index());
-  return (t.is_cuda() ? "cuda:" : "device ") + index;
+inline auto device(const Tensor& t) {
+  return Part{[&t](std::ostream& message) {
+    if (t.is_cpu()) {
+      message << "cpu";
+    } else {
+      message << (t.is_cuda() ? "cuda:" : "device ") << t.get_device_index();
+    }
+  }};
 }
 
 // The one list of dtypes that the operator takes.
@@ -74,7 +95,7 @@ inline std::optional<Element> element_of(ScalarType type) {
 inline Element element_of(const Tensor& t) { return element_of(t.scalar_type()).value(); }
 
 // A dtype's name in Python, by its number: also of those that the stable ABI does not know.
-inline std::string dtype_name(int32_t type) {
+inline auto dtype_name(int32_t type) {
   static constexpr const char* names[] = {
       "uint8",
       "int8",
@@ -122,18 +143,30 @@ inline std::string dtype_name(int32_t type) {
       "int7",
       "float8_e8m0fnu",
       "float4_e2m1fn_x2"};
-  const bool known = type >= 0 && type < static_cast<int32_t>(std::size(names));
-  return known ? names[type] : "dtype number " + std::to_string(type);
+  return Part{[=](std::ostream& message) {
+    const bool known = type >= 0 && type < static_cast<int32_t>(std::size(names));
+    known ? message << names[type] : message << "dtype number " << type;
+  }};
 }
 
-inline std::string layout_name(int32_t layout) {
-  if (layout == aoti_torch_layout_sparse_coo()) return "sparse_coo";
-  if (layout == aoti_torch_layout_sparse_csr()) return "sparse_csr";
-  if (layout == aoti_torch_layout_sparse_csc()) return "sparse_csc";
-  if (layout == aoti_torch_layout_sparse_bsr()) return "sparse_bsr";
-  if (layout == aoti_torch_layout_sparse_bsc()) return "sparse_bsc";
-  if (layout == aoti_torch_layout__mkldnn()) return "_mkldnn";
-  return "layout number " + std::to_string(layout);
+inline auto layout_name(int32_t layout) {
+  return Part{[=](std::ostream& message) {
+    if (layout == aoti_torch_layout_sparse_coo()) {
+      message << "sparse_coo";
+    } else if (layout == aoti_torch_layout_sparse_csr()) {
+      message << "sparse_csr";
+    } else if (layout == aoti_torch_layout_sparse_csc()) {
+      message << "sparse_csc";
+    } else if (layout == aoti_torch_layout_sparse_bsr()) {
+      message << "sparse_bsr";
+    } else if (layout == aoti_torch_layout_sparse_bsc()) {
+      message << "sparse_bsc";
+    } else if (layout == aoti_torch_layout__mkldnn()) {
+      message << "_mkldnn";
+    } else {
+      message << "layout number " << layout;
+    }
+  }};
 }
 
 // Sums run in float64 when an operand or the result is float64, in float32 otherwise; results round
@@ -246,11 +279,13 @@ inline void check_base(const char* op, const Named& base, const Tensor& x, int64
   check_numbers(op, base);
   check_same_device(op, base, {"x", x});
   const Tensor& t = base.tensor;
-  std::vector<int64_t> expected(x.sizes().begin(), x.sizes().end());
-  expected.back() = features;
-  const bool same =
-      std::equal(expected.begin(), expected.end(), t.sizes().begin(), t.sizes().end());
-  check(same, op, "expected ", base.name, " of shape ", shape(expected), ", got ", shape(t));
+  const int64_t last = x.dim() - 1;
+  const auto expected = [&x, last, features](int64_t d) { return d < last ? x.size(d) : features; };
+  bool same = t.dim() == last + 1;
+  for (int64_t d = 0; same && d <= last; ++d) same = t.size(d) == expected(d);
+  check(
+      same, op, "expected ", base.name, " of shape ", tuple(last + 1, expected), ", got ",
+      shape(t));
 }
 
 // What is written in place: no two of its elements may lie in one place.
@@ -258,9 +293,8 @@ inline void check_writable(const char* op, const Named& base) {
   const Tensor& t = base.tensor;
   bool apart = true;
   for (int64_t d = 0; d < t.dim(); ++d) apart = apart && (t.size(d) < 2 || t.stride(d));
-  const std::vector<int64_t> strides(t.strides().begin(), t.strides().end());
   check(
-      apart, op, "expected a ", base.name, " that is not expanded, got strides ", shape(strides),
+      apart, op, "expected a ", base.name, " that is not expanded, got strides ", strides(t),
       " for shape ", shape(t), "; call ", base.name, ".contiguous() first");
 }
 
