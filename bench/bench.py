@@ -1,6 +1,6 @@
 """Times and weighs C3A against the PEFT library's C3A and LoRA and the frozen layer alone.
 
-    python bench/bench.py                     every part, about 25 minutes on two idle cores
+    python bench/bench.py                     every part, about half an hour on two idle cores
     python bench/bench.py --only layers       one part, or some
     python bench/bench.py --quick             does every part run? tiny shapes, half a minute
     python bench/bench.py --plot bench --markdown build/bench.md --json build/bench.json
@@ -29,12 +29,13 @@ import report
 from layers import bench_layers, bench_small, bench_sweep
 from levels import bench_levels
 from memory import bench_memory
-from models import bench_models
+from models import bench_compiled, bench_models
 from operators import bench_shapes, bench_sweeps, bench_threads
+from timing import Run
 
 
 class Part(NamedTuple):
-    run: Callable[[int, bool], report.Result]
+    run: Callable[[Run], report.Result]
     minutes: float
     what: str
 
@@ -42,7 +43,8 @@ class Part(NamedTuple):
 PARTS = {
     "layers": Part(bench_layers, 2, "time over base, C3A / LoRA, five shapes, dtypes, threads"),
     "small": Part(bench_small, 0.2, "a layer of 384 features, T from 1 to 800"),
-    "models": Part(bench_models, 4, "a six-layer encoder's step, eager and compiled"),
+    "models": Part(bench_models, 1, "a six-layer encoder's training step"),
+    "compiled": Part(bench_compiled, 4, "the encoder's step, compiled"),
     "memory": Part(bench_memory, 0.5, "bytes saved, peaks of layers and of steps"),
     "threads": Part(bench_threads, 0.2, "the operator, one thread against two"),
     "levels": Part(bench_levels, 0.5, "the operator, x86-64-v3 against v4"),
@@ -50,9 +52,9 @@ PARTS = {
     "sizes": Part(bench_sweeps, 1.5, "the operator over block sizes and tokens"),
     "sweep": Part(bench_sweep, 15, "a layer over tokens, in every dtype and mode"),
 }
-# A picture, what draws it from which parts.
+# A picture, what draws it, and the parts without which it is not drawn.
 PICTURES = {
-    "layers.png": ("draw_layers", ("layers", "sweep")),
+    "layers.png": ("draw_layers", ("layers",)),
     "operator.png": ("draw_operator", ("sizes",)),
 }
 
@@ -69,6 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="tiny shapes and two rounds, for a try"
     )
+    parser.add_argument(
+        "--own-time",
+        action="store_true",
+        help="one thread alone, in its own time, for a machine where other programs run",
+    )
     parser.add_argument("--json", type=Path, help="write seconds, figures and marks there")
     parser.add_argument("--markdown", type=Path, help="write the tables there")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw what was measured there")
@@ -84,14 +91,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda":
         gpu.main(options)
         return 0
-    rounds = 2 if options.quick else options.rounds
+    run = Run(
+        rounds=2 if options.quick else options.rounds,
+        quick=options.quick,
+        threads=(1,) if options.own_time else (1, 2),
+        own_time=options.own_time,
+    )
     machine = report.machine()
     console = Console(width=150)
-    console.print(f"{machine}, {rounds} rounds", highlight=False)
+    clock = ", the thread's own time" if run.own_time else ""
+    title = f"{machine}, {run.rounds} interleaved rounds{clock}"
+    console.print(title, highlight=False)
     results: dict[str, report.Result] = {}
     for name in options.only:
         start = time.monotonic()
-        results[name] = PARTS[name].run(rounds, options.quick)
+        results[name] = PARTS[name].run(run)
         report.show(console, name, results[name])
         console.print(f"{name} took {time.monotonic() - start:.0f} s\n", highlight=False)
     marks = [mark for result in results.values() for mark in result.marks]
@@ -100,7 +114,6 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"{len(marks) - len(missed)} of {len(marks)} marks met{said}", highlight=False)
     if missed and not options.quick:
         console.print(report.marks_grid(missed).rich())
-    title = f"{machine}, {rounds} interleaved rounds"
     if options.markdown:
         report.write_markdown(options.markdown, title, results)
     if options.json:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import c3a
 from report import Grid, Mark, Result
-from timing import Contenders, Ratio, Times, compiler, geometric_mean, measure, threads
+from timing import Contenders, Ratio, Run, Times, geometric_mean, threads
 
 # (features, block size, tokens, LoRA rank)
 SHAPES = [
@@ -133,9 +133,9 @@ def _raw(part: str, case: Case, count: int, mode: str, times: Times) -> dict:
     }
 
 
-def bench_layers(rounds: int, quick: bool) -> Result:
+def bench_layers(run: Run) -> Result:
     """Time over base at the peers' shapes, float32 and bfloat16, one thread and two."""
-    shapes = [QUICK] if quick else SHAPES
+    shapes = [QUICK] if run.quick else SHAPES
     result = Result()
     over_base: dict[tuple[str, int], list[Ratio]] = {}
     over_peft: dict[str, list[Ratio]] = {}
@@ -143,9 +143,10 @@ def bench_layers(rounds: int, quick: bool) -> Result:
     for mode, shape in track(list(product(LIMITS, shapes)), "layers", transient=True):
         case = Case(*shape, mode)
         case.validate()
-        for count in (1, 2):
+        for count in run.threads:
             with threads(count):
-                times = measure(case.both(), rounds)
+                # What is over a base of long calls is less than what those vary by.
+                times = run.measure(case.both(), 2 if shape[0] >= 4096 else 1)
             over_base.setdefault((mode, count), []).append(times.ratio_over("base", "C3A", "LoRA"))
             if count == 1:
                 over_peft.setdefault(mode, []).append(times.ratio_over("base", "PEFT", "C3A"))
@@ -184,39 +185,38 @@ def _of_shapes(title: str, shapes: list[tuple], columns: dict[str, list[Ratio]])
     return Grid(title, ["features, block, T, rank", *columns], rows)
 
 
-def bench_small(rounds: int, quick: bool) -> Result:
+def bench_small(run: Run) -> Result:
     """The whole time of a small layer, base and all."""
     result = Result()
-    for shape in track([QUICK] if quick else SMALL, "small layers", transient=True):
+    for shape in track([QUICK] if run.quick else SMALL, "small layers", transient=True):
         case = Case(*shape)
         case.validate()
         with threads(1):
-            times = measure(case.both("C3A", "LoRA", "base"), 2 * rounds)
+            times = run.measure(case.both("C3A", "LoRA", "base"), 2)
         what = f"f+b, float32, one thread, {shape_name(shape)}: C3A / LoRA"
         result.marks.append(Mark(what, times.ratio("C3A", "LoRA").value, 1.0))
         result.raw.append(_raw("small", case, 1, "float32", times))
     return result
 
 
-def bench_sweep(rounds: int, quick: bool) -> Result:
+def bench_sweep(run: Run) -> Result:
     """One layer over tokens, in every dtype, eager and compiled, one thread and two."""
-    shapes = [QUICK] if quick else SWEPT
+    shapes = [QUICK] if run.quick else SWEPT
     result = Result()
     rows = []
-    cases = list(product(("eager", "compiled"), MODES[:1] if quick else MODES, (1, 2), shapes))
+    modes, counts = (MODES[:1], run.threads[:1]) if run.quick else (MODES, run.threads)
+    cases = list(product(("eager", "compiled"), modes, counts, shapes))
     for how, mode, count, shape in track(cases, "a layer over tokens", transient=True):
-        if quick and count == 2:
-            continue
         case = Case(*shape, mode)
         case.validate()
         # Compiled code is for one number of threads.
         with threads(count), warnings.catch_warnings():
             if how == "compiled":
                 warnings.simplefilter("ignore")
-                case.compile(compiler(quick))
+                case.compile(run.backend)
             # The compiler has no code for PEFT's complex numbers.
             names = ("base", "C3A", "LoRA") + (("PEFT",) if how == "eager" else ())
-            times = measure(case.both(*names), rounds)
+            times = run.measure(case.both(*names))
         result.raw.append({**_raw("sweep", case, count, mode, times), "how": how})
         peft_ratio = times.ratio_over("base", "PEFT", "C3A") if "PEFT" in names else "-"
         rows.append(

@@ -14,12 +14,12 @@ from rich.progress import track
 from c3a._library import cpu_level
 from operators import QUICK, SHAPES, Case, shape_name
 from report import Mark, Result
-from timing import measure
+from timing import Run
 
 LEVELS = ["x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2"]
 
 
-def bench_levels(rounds: int, quick: bool) -> Result:
+def bench_levels(run: Run) -> Result:
     """The best level for float32 against the one below it."""
     best = cpu_level()
     if best == LEVELS[0]:  # float32 is the next one's
@@ -27,14 +27,14 @@ def bench_levels(rounds: int, quick: bool) -> Result:
     if best not in LEVELS[:-1]:
         return Result()
     below = LEVELS[LEVELS.index(best) + 1]
-    shapes = [QUICK] if quick else SHAPES
+    shapes = [QUICK] if run.quick else SHAPES
     turns: dict[str, list[list[float]]] = {best: [], below: []}
-    for _ in track(range(1 if quick else 3), "instruction sets", transient=True):
+    for _ in track(range(1 if run.quick else 3), "instruction sets", transient=True):
         for level, runs in turns.items():
-            command = [sys.executable, __file__, json.dumps([rounds, shapes])]
+            command = [sys.executable, __file__, json.dumps([run.rounds, run.own_time, shapes])]
             environment = {**os.environ, "C3A_CPU_LEVEL": level}
-            run = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
-            runs.append(json.loads(run.stdout))
+            child = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+            runs.append(json.loads(child.stdout))
     result = Result(raw=[{"shapes": shapes, "seconds": turns}])
     for i, shape in enumerate(shapes):
         ratio = min(run[i] for run in turns[below]) / min(run[i] for run in turns[best])
@@ -46,6 +46,7 @@ def bench_levels(rounds: int, quick: bool) -> Result:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rounds, shapes = json.loads(sys.argv[1])
+    rounds, own_time, shapes = json.loads(sys.argv[1])
+    run = Run(rounds, own_time=own_time)
     cases = [Case(*shape) for shape in shapes]
-    print(json.dumps([measure(case.both("C3A"), rounds)["C3A"] for case in cases]))
+    print(json.dumps([run.measure(case.both("C3A"))["C3A"] for case in cases]))

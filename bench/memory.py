@@ -9,15 +9,15 @@ import layers
 import models
 from c3a.memory import peak_allocated, saved_for_backward
 from report import Figure, Grid, Mark, Result
+from timing import Run
 
 
-def bench_memory(rounds: int, quick: bool) -> Result:
-    del rounds  # bytes are the same every time
-    result = Result(grids=[_of_layers(quick)], figures=_saved())
+def bench_memory(run: Run) -> Result:
+    result = Result(grids=[_of_layers(run.quick)], figures=_saved())
     rdfft, mark = _rdfft_step()
     result.figures += rdfft
     result.marks.append(mark)
-    sizes = models.QUICK if quick else models.SIZES
+    sizes = models.QUICK if run.quick else models.SIZES
     for name, model in models.adapted_models(sizes).items():
         step = models.step_of(model, sizes)
         step()  # the optimizer's state

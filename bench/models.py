@@ -15,7 +15,7 @@ from torch import nn
 
 import c3a
 from report import Grid, Mark, Result
-from timing import Contenders, compiler, measure, threads
+from timing import Contenders, Run, threads
 
 SIZES = {
     "vocab_size": 30522,
@@ -72,35 +72,58 @@ def step_of(model: nn.Module, sizes: dict[str, int]) -> Callable[[], None]:
     return step
 
 
-def bench_models(rounds: int, quick: bool) -> Result:
-    sizes = QUICK if quick else SIZES
+def bench_models(run: Run) -> Result:
+    """Eager steps of every adapter, and without one."""
+
+    def steps(sizes: dict[str, int]) -> Contenders:
+        return {name: step_of(model, sizes) for name, model in adapted_models(sizes).items()}
+
+    return _bench(run, "eager", steps, [("C3A", "LoRA", 0.85)])
+
+
+def bench_compiled(run: Run) -> Result:
+    """Compiled steps, with our eager one."""
+
+    def steps(sizes: dict[str, int]) -> Contenders:
+        models = adapted_models(sizes)
+        torch.compiler.reset()
+        compiled = {
+            f"{name}, compiled": torch.compile(copy.deepcopy(models[name]), backend=run.backend)
+            for name in ("C3A", "LoRA")
+        }
+        contenders = {"C3A": models["C3A"], **compiled}
+        return {name: step_of(model, sizes) for name, model in contenders.items()}
+
+    ours = "C3A, compiled"
+    return _bench(run, "compiled", steps, [(ours, "LoRA, compiled", 0.95), (ours, "C3A", 0.95)])
+
+
+def _bench(
+    run: Run,
+    how: str,
+    steps_at: Callable[[dict[str, int]], Contenders],
+    marks: list[tuple[str, str, float]],
+) -> Result:
+    sizes = QUICK if run.quick else SIZES
     result = Result()
     rows = []
-    for count in track((1,) if quick else (1, 2), "a model's step", transient=True):
-        models = adapted_models(sizes)
-        steps: Contenders = {name: step_of(model, sizes) for name, model in models.items()}
-        # Compiled code is for one number of threads.
+    counts = run.threads[:1] if run.quick else run.threads
+    for count in track(counts, f"a model's step, {how}", transient=True):
+        # Compiled code is for one number of threads; the compiler warns of its own lines.
         with threads(count), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.compiler.reset()
-            for name in ("C3A", "LoRA"):
-                compiled = torch.compile(copy.deepcopy(models[name]), backend=compiler(quick))
-                steps[f"{name}, compiled"] = step_of(compiled, sizes)
-            times = measure(steps, rounds)
+            times = run.measure(steps_at(sizes))
         many = f"{count} thread{'s' * (count > 1)}"
-        for above, below, limit in (
-            ("C3A", "LoRA", 0.85),
-            ("C3A, compiled", "LoRA, compiled", 0.95),
-            ("C3A, compiled", "C3A", 0.95),
-        ):
+        for above, below, limit in marks:
             ratio = times.ratio(above, below).value
             result.marks.append(Mark(f"step, {many}: {above} / {below}", ratio, limit))
         rows += [
-            [name, str(count), str(times.ratio(name, "LoRA")), str(times.ratio(name, "head only"))]
-            for name in steps
+            [f"C3A / {name}", str(count), str(times.ratio("C3A", name))]
+            for name in times.rounds
+            if name != "C3A"
         ]
         result.raw.append({"threads": count, "seconds": times.medians()})
     layers, hidden = sizes["num_hidden_layers"], sizes["hidden_size"]
-    title = f"training step, {layers} layers, {hidden} wide, {BATCH[0]} x {BATCH[1]} tokens"
-    result.grids.append(Grid(title, ["step", "threads", "of LoRA's", "of the head's alone"], rows))
+    title = f"training step, {layers} layers, {hidden} wide, {BATCH[0]} x {BATCH[1]} tokens, {how}"
+    result.grids.append(Grid(title, ["time of a step", "threads", "ratio"], rows))
     return result

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import c3a
 from report import Figure, Grid, Mark, Result
-from timing import Contenders, geometric_mean, measure, threads
+from timing import Contenders, Run, geometric_mean, threads
 
 # (in, out, block size, tokens, LoRA rank): the shapes at which peers were measured.
 SHAPES = [
@@ -132,16 +132,16 @@ def shape_name(shape: tuple[int, ...]) -> str:
     return f"{n_in} x {n_out}, block {b}"
 
 
-def bench_shapes(rounds: int, quick: bool) -> Result:
+def bench_shapes(run: Run) -> Result:
     """Forward and backward at the peers' shapes, then forward, bfloat16 and one token."""
-    shapes = [QUICK] if quick else SHAPES
+    shapes = [QUICK] if run.quick else SHAPES
     columns = ["in x out, block, T, rank", "PEFT / C3A", "C3A / LoRA", "C3A / frozen layer"]
     ratios: list[list[float]] = []
     rows, raw = [], []
     for shape in track(shapes, "operator", transient=True):
         case = Case(*shape)
         case.validate()
-        times = measure(case.both(), rounds)
+        times = run.measure(case.both())
         moved, flops = case.bytes_and_flops()
         pairs = [("PEFT", "C3A"), ("C3A", "LoRA"), ("C3A", "base")]
         of_shape = [times.ratio(*pair) for pair in pairs]
@@ -155,50 +155,52 @@ def bench_shapes(rounds: int, quick: bool) -> Result:
     rows.append(["geometric mean", *means, "", ""])
     title = "forward + backward, float32, one thread"
     grid = Grid(title, [*columns, "GB/s", "GFLOP/s"], rows)
-    return Result([grid], figures=_figures(rounds, shapes), raw=raw)
+    return Result([grid], figures=_figures(run, shapes), raw=raw)
 
 
-def _figures(rounds: int, shapes: list[tuple[int, ...]]) -> list[Figure]:
+def _figures(run: Run, shapes: list[tuple[int, ...]]) -> list[Figure]:
     large = shapes[-1]
     name = shape_name(large)
-    times = measure(Case(*large).forward("C3A", "base", "LoRA"), rounds)
+    times = run.measure(Case(*large).forward("C3A", "base", "LoRA"))
     what = f"forward, {name}, T={large[3]}: C3A / frozen layer"
     figures = [Figure(what, times.ratio("C3A", "base").value, "percent")]
     for shape in shapes:
         wide, narrow = Case(*shape), Case(*shape, dtype=torch.bfloat16)
         narrow.validate()
-        times = measure(
-            {"float32": wide.both("C3A")["C3A"], "bfloat16": narrow.both("C3A")["C3A"]}, rounds
+        times = run.measure(
+            {"float32": wide.both("C3A")["C3A"], "bfloat16": narrow.both("C3A")["C3A"]}
         )
         what = f"f+b, {shape_name(shape)}: bfloat16 / float32"
         figures.append(Figure(what, times.ratio("bfloat16", "float32").value, "ratio"))
     one = Case(*large[:3], 1, large[4])
-    times = measure(one.one_token(), rounds)
+    times = run.measure(one.one_token())
     for what in ("prepared", "layer"):
         label = f"forward, {name}, one token, {what}: C3A / LoRA r={large[4]}"
         figures.append(Figure(label, times.ratio(what, "LoRA").value, "ratio"))
     return figures
 
 
-def bench_threads(rounds: int, quick: bool) -> Result:
-    """One thread's f+b against two threads', in the same rounds."""
+def bench_threads(run: Run) -> Result:
+    """One thread's f+b against two threads', in the same rounds; nothing without two."""
+    if 2 not in run.threads:
+        return Result()
     large = [(*LARGE[:3], tokens, LARGE[4]) for tokens in (128, 256, 512)]
     result = Result()
-    for shape in track([QUICK] if quick else [*SHAPES[:2], *large], "threads", transient=True):
+    for shape in track([QUICK] if run.quick else [*SHAPES[:2], *large], "threads", transient=True):
         both = Case(*shape).both("C3A")["C3A"]
 
         def on(count: int, both: Callable[[], object] = both) -> Callable[[], None]:
-            def run() -> None:
+            def call() -> None:
                 torch.set_num_threads(count)
                 both()
 
-            return run
+            return call
 
         with threads(1):
-            times = measure({"one": on(1), "two": on(2)}, 2 * rounds)
+            times = run.measure({"one": on(1), "two": on(2)}, 2)
         ratio = times.ratio("one", "two").value
         what = f"f+b, {shape_name(shape)}, T={shape[3]}: one thread / two"
-        if shape in large or quick:
+        if shape in large or run.quick:
             result.marks.append(Mark(what, ratio, 1.6, at_least=True))
         else:
             result.figures.append(Figure(what, ratio, "ratio"))
@@ -206,17 +208,17 @@ def bench_threads(rounds: int, quick: bool) -> Result:
     return result
 
 
-def bench_sweeps(rounds: int, quick: bool) -> Result:
+def bench_sweeps(run: Run) -> Result:
     """f+b over block sizes, and over numbers of tokens."""
 
     def point(sweep: str, at: int, n: int, b: int, tokens: int, rank: int) -> dict:
-        times = measure(Case(n, n, b, tokens, rank).both("C3A", "PEFT", "LoRA"), rounds)
+        times = run.measure(Case(n, n, b, tokens, rank).both("C3A", "PEFT", "LoRA"))
         return {"sweep": sweep, "at": at, "rank": rank, "seconds": times.medians()}
 
     # as many parameters as the adapter has, which is what one would compare it with
     blocks = [(b, 4096, b, 512, max(1, 4096 // (2 * b))) for b in BLOCK_SIZES]
     tokens = [(t, 1024, 128, t, 8) for t in TOKENS]
-    if quick:
+    if run.quick:
         blocks, tokens = [(24, 96, 24, 8, 2)], [(8, 96, 24, 8, 2)]
     result = Result()
     points = [("block size", *p) for p in blocks] + [("tokens", *p) for p in tokens]

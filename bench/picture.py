@@ -70,12 +70,16 @@ def _finish(ax: Axes) -> None:
 
 
 def draw_layers(results: dict[str, Result], title: str, path: Path) -> None:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    _bars(left, results["layers"].raw)
-    _lines(right, results["sweep"].raw)
-    left.set_ylabel("C3A's time over base / LoRA's")
-    for ax in (left, right):
-        ax.set_ylim(bottom=0)
+    """With the sweep over tokens where that was measured too."""
+    drawn = [(_bars, results["layers"].raw)]
+    if "sweep" in results:
+        drawn.append((_lines, results["sweep"].raw))
+    size = (5.5 * len(drawn) + 1, 4.2)
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=size, layout="constrained", squeeze=False)
+    axes[0][0].set_ylabel("C3A's time over base / LoRA's")
+    for ax, (draw, raw) in zip(axes[0], drawn, strict=True):
+        draw(ax, raw)
+        ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend
         _finish(ax)
     _save(figure, title, path)
 

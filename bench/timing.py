@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -82,13 +83,16 @@ def geometric_mean(values: Iterable[float]) -> float:
     return statistics.geometric_mean(values)
 
 
-def elapsed(function: Callable[[], object], device: str, calls: int) -> float:
+Clock = Callable[[], float]
+
+
+def elapsed(function: Callable[[], object], device: str, calls: int, clock: Clock) -> float:
     """Return the seconds of one of so many calls; on a GPU many hide their launches."""
     if device == "cpu":
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             function()
-        return (time.perf_counter() - start) / calls
+        return (clock() - start) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -98,25 +102,41 @@ def elapsed(function: Callable[[], object], device: str, calls: int) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def measure(contenders: Contenders, rounds: int, device: str = "cpu") -> Times:
+def measure(
+    contenders: Contenders, rounds: int, device: str = "cpu", clock: Clock = time.perf_counter
+) -> Times:
     """Time every contender once in each round, after warm-ups that also choose how many calls."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     calls = {name: 10 for name in contenders}
     for name, function in contenders.items():
-        least = min(elapsed(function, device, 1) for _ in range(WARM_UPS))
+        least = min(elapsed(function, device, 1, clock) for _ in range(WARM_UPS))
         if device == "cpu":
             calls[name] = min(MOST_CALLS, max(1, round(SHARE / least)))
     order = list(contenders)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            seconds[name].append(elapsed(contenders[name], device, calls[name]))
+            seconds[name].append(elapsed(contenders[name], device, calls[name], clock))
     return Times(seconds)
 
 
-def compiler(quick: bool) -> str:
-    """Return torch.compile's backend: for a try, the one that generates no code."""
-    return "aot_eager" if quick else "inductor"
+@dataclass(frozen=True)
+class Run:
+    """How parts measure: quick ones have tiny shapes, for a try."""
+
+    rounds: int = 9
+    quick: bool = False
+    threads: tuple[int, ...] = (1, 2)
+    own_time: bool = False  # the thread's, in which other programs do not count
+
+    def measure(self, contenders: Contenders, times: int = 1) -> Times:
+        clock = time.thread_time if self.own_time else time.perf_counter
+        return measure(contenders, times * self.rounds, clock=clock)
+
+    @property
+    def backend(self) -> str:
+        """torch.compile's: for a try, the one that generates no code."""
+        return "aot_eager" if self.quick else "inductor"
 
 
 @contextmanager
