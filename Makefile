@@ -51,7 +51,7 @@ help:
 	@echo "make wheels-test     the suite against the wheels, in new environments (TORCHES: with which)"
 	@echo "make wheel-twice     build it in two folders: are the bytes the same?"
 	@echo "make hub        lay the operators out for Hugging Face's kernels package, in build/hub; load it"
-	@echo "make bench      set up, then time the operator against its peers"
+	@echo "make bench      set up, then time layers, a model and the operator against peers (about half an hour)"
 	@echo "make docs       set up, then build the documentation into build/docs"
 	@echo "make cuda       rebuild with the CUDA library and look at its machine code (needs nvcc 13)"
 	@echo "make gpu        on a machine with a GPU, nvcc 13 and a CUDA torch: everything, into a report"
@@ -265,7 +265,7 @@ format: $(PY)
 bench: $(PY)
 	$(INSTALL) $(TORCH)
 	$(INSTALL) '.[bench]'
-	$(PY) bench/bench.py --plot bench/speed.png --json bench/speed.json
+	$(PY) bench/bench.py --plot bench --markdown build/bench.md --json build/bench.json
 
 # Every name and link within must resolve; nothing asks the network.
 docs: $(PY)
