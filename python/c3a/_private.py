@@ -83,7 +83,7 @@ no_torch_function: Callable[..., Any] = _disabled_torch_function_impl
 
 
 _unpack_dual = _VariableFunctions._unpack_dual  # found once: looking it up takes longer than it
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _T = TypeVar("_T", bound=Tensor)
 
 
@@ -143,7 +143,7 @@ def in_transform() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
-def is_ordinary(*tensors: Tensor) -> bool:
+def is_ordinary(*tensors: Tensor | None) -> bool:
     """Return whether a call on these is an ordinary one: nothing traces, wraps or transforms it.
 
     But for forward mode: a tensor may have a tangent.
