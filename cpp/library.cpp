@@ -8,6 +8,9 @@ C3A_LIBRARY(m) {
   m.def("block_circ_conv(Tensor x, Tensor w, float scale=1.0) -> Tensor");
   m.def("block_circ_conv_add(Tensor base, Tensor x, Tensor w, float scale=1.0) -> Tensor");
   m.def("block_circ_conv_add_(Tensor(a!) base, Tensor x, Tensor w, float scale=1.0) -> ()");
+  m.def(
+      "block_circ_conv_linear(Tensor x, Tensor weight, Tensor? bias, Tensor w, float scale=1.0) "
+      "-> Tensor");
   m.def("block_circ_conv_input_grad(Tensor grad_output, Tensor w, float scale=1.0) -> Tensor");
   m.def(
       "block_circ_conv_kernel_grad(Tensor grad_output, Tensor x, int block_size, "

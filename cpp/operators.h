@@ -96,6 +96,19 @@ struct Operators {
     });
   }
 
+  static Tensor linear(
+      Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor w, double scale) {
+    const char* op = "block_circ_conv_linear";
+    return named(op, [&] {
+      const Problem p = problem_of(op, {"x", x}, w, "n");
+      check_linear(op, p, x, weight, bias);
+      Tensor y =
+          call_aten("aten::linear", torch::stable::to(x, weight.scalar_type()), weight, bias);
+      add_in_place(op, p, Form::kernel, w, scale, x, y);
+      return y;
+    });
+  }
+
   static Tensor input_grad(Tensor g, Tensor w, double scale) {
     const char* op = "block_circ_conv_input_grad";
     return named(op, [&] {
@@ -199,6 +212,7 @@ struct Operators {
     m.impl("block_circ_conv", TORCH_BOX(&block_circ_conv));
     m.impl("block_circ_conv_add", TORCH_BOX(&add));
     m.impl("block_circ_conv_add_", TORCH_BOX(&add_));
+    m.impl("block_circ_conv_linear", TORCH_BOX(&linear));
     m.impl("block_circ_conv_input_grad", TORCH_BOX(&input_grad));
     m.impl("block_circ_conv_kernel_grad", TORCH_BOX(&kernel_grad));
     m.impl("block_circ_conv_backward", TORCH_BOX(&backward));

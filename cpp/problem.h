@@ -288,6 +288,27 @@ inline void check_base(const char* op, const Named& base, const Tensor& x, int64
       shape(t));
 }
 
+// A linear layer beside the kernel: weight (m*b, n*b), and bias (m*b) of the same dtype or none.
+inline void check_linear(
+    const char* op, const Problem& p, const Tensor& x, const Tensor& weight,
+    const std::optional<Tensor>& bias) {
+  check_numbers(op, {"weight", weight});
+  check_same_device(op, {"weight", weight}, {"x", x});
+  const int64_t out = p.out_features(), in = p.in_features();
+  check(
+      weight.dim() == 2 && weight.size(0) == out && weight.size(1) == in, op,
+      "expected weight of shape (", out, ", ", in, "), as the kernel's, got ", shape(weight));
+  if (!bias) return;
+  check_numbers(op, {"bias", *bias});
+  check_same_device(op, {"bias", *bias}, {"x", x});
+  check(
+      bias->dim() == 1 && bias->size(0) == out, op, "expected bias of shape (", out, ",), got ",
+      shape(*bias));
+  check(
+      bias->scalar_type() == weight.scalar_type(), op, "expected bias in ",
+      dtype_name(dtype_of(weight)), ", as weight is, got ", dtype_name(dtype_of(*bias)));
+}
+
 // What is written in place: no two of its elements may lie in one place.
 inline void check_writable(const char* op, const Named& base) {
   const Tensor& t = base.tensor;

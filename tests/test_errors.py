@@ -60,6 +60,31 @@ BAD = [
         "expected w to be float64, float32, bfloat16 or float16, got complex64",
     ),
     (
+        "block_circ_conv_linear",
+        [of(2, 12), of(12, 8), None, of(2, 3, 4)],
+        "expected weight of shape (8, 12), as the kernel's, got (12, 8)",
+    ),
+    (
+        "block_circ_conv_linear",
+        [of(2, 12), of(8, 12), of(1, 8), of(2, 3, 4)],
+        "expected bias of shape (8,), got (1, 8)",
+    ),
+    (
+        "block_circ_conv_linear",
+        [of(2, 12), of(8, 12), of(8, dtype=torch.bfloat16), of(2, 3, 4)],
+        "expected bias in float32, as weight is, got bfloat16",
+    ),
+    (
+        "block_circ_conv_linear",
+        [of(2, 12), of(8, 12, dtype=torch.int8), None, of(2, 3, 4)],
+        "expected weight to be float64, float32, bfloat16 or float16, got int8",
+    ),
+    (
+        "block_circ_conv_linear",
+        [of(2, 8), of(8, 12), None, of(2, 3, 4)],
+        "expected x.size(-1) == n * b = 12 for a kernel of shape (2, 3, 4), got 8",
+    ),
+    (
         "block_circ_conv_add",
         [of(2, 7), of(2, 12), of(2, 3, 4)],
         "expected base of shape (2, 8), got (2, 7)",
@@ -383,7 +408,8 @@ def test_out_of_memory_has_torchs_type_in_a_layer(grad, monkeypatch):
         raise RuntimeError("c3a.block_circ_conv_add_: CUDA out of memory. Tried to allocate 2 EiB.")
 
     layer = c3a.C3ALinear(torch.nn.Linear(4, 4), 2)
-    monkeypatch.setattr(_private, "kernels_only", fail)
+    for entered_before_a_call in ("kernels_only", "autocast_disabled"):
+        monkeypatch.setattr(_private, entered_before_a_call, fail)
     with (
         torch.set_grad_enabled(grad),
         pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 EiB"),

@@ -588,6 +588,6 @@ def test_out_of_memory_has_torchs_type(moment, monkeypatch):
     def fail():
         raise RuntimeError("c3a.block_circ_conv_add_: CUDA out of memory. Tried to allocate 2 EiB.")
 
-    monkeypatch.setattr(_private, "kernels_only", fail)
+    monkeypatch.setattr(_private, "autocast_disabled", fail)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 EiB"):
         layer(x) if moment == "forward" else y.sum().backward()

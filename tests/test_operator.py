@@ -81,6 +81,26 @@ def test_every_product_equals_pocketfft(shape, library, device):
         assert relative_error(got.cpu(), result) < 1e-13
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[5], SHAPES[8], SHAPES[14]], ids=str)
+def test_onto_a_linear_layer_it_equals_the_dense_definition(shape, dtype, mode, device):
+    x, w, g = operands(*shape, dtype=dtype, device=device)
+    weight = operands((g.shape[-1],), 1, 1, x.shape[-1], dtype=dtype, device=device)[0]
+    bias = torch.arange(g.shape[-1], device=device).to(dtype)
+    of_x = torch.float32 if dtype == torch.bfloat16 else dtype  # the layer's dtype may be another
+    with mode():
+        y = OPS.block_circ_conv_linear(x.to(of_x), weight, bias, w, 0.5)
+        no_bias = OPS.block_circ_conv_linear(x, weight, None, w)
+    matrix = c3a.circulant(w.double())
+    expected = x.double() @ (weight.double() + 0.5 * matrix).T + bias.double()
+    assert y.dtype == no_bias.dtype == dtype
+    assert relative_error(y, expected) < tolerance(dtype, device)
+    assert relative_error(no_bias, x.double() @ (weight.double() + matrix).T) < tolerance(
+        dtype, device
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("b", [2, 3, 4, 5, 7, 8, 9, 16, 22, 24, 26, 32, 35, 49, 64, 96, 100, 101])
 def test_errors_in_low_precision_are_no_worse_than_those_of_torch(b, dtype, device):

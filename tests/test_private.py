@@ -24,6 +24,7 @@ NAMES = [
     "torch._C._get_privateuse1_backend_name",
     "torch._C._get_tracing_state",
     "torch._C._is_any_autocast_enabled",
+    "torch._C._DisableTorchDispatch",
     "torch._C._is_fwd_grad_enabled",
     "torch._C._len_torch_dispatch_stack",
     "torch._C._len_torch_function_stack",

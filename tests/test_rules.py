@@ -30,6 +30,9 @@ def every_operator(shape, device):
     """Return (function, arguments) of each operator, the arguments being tensors only."""
     x, w, g = (t.requires_grad_() for t in operands(*shape, device=device))
     b, scale = w.shape[-1], 0.7
+    weight = torch.randn(g.shape[-1], x.shape[-1], dtype=x.dtype, device=device).requires_grad_()
+    bias = torch.randn(g.shape[-1], dtype=x.dtype, device=device).requires_grad_()
+    frozen = weight.detach(), bias.detach()
     return {
         "forward": (lambda x, w: OPS.block_circ_conv(x, w, scale), (x, w)),
         "input_grad": (lambda g, w: OPS.block_circ_conv_input_grad(g, w, scale), (g, w)),
@@ -43,6 +46,14 @@ def every_operator(shape, device):
             lambda base, x, w: added_in_place(base.clone(), x, w, scale),
             (g, x, w),
         ),
+        "linear": (
+            lambda x, weight, bias, w: OPS.block_circ_conv_linear(x, weight, bias, w, scale),
+            (x, weight, bias, w),
+        ),
+        "frozen linear": (
+            lambda x, w: OPS.block_circ_conv_linear(x, *frozen, w, scale),
+            (x, w),
+        ),
         "backward_add_": (
             lambda dx, g, x, w: pair_in_place(dx.clone(), g, x, w, scale),
             (x.detach().cos().requires_grad_(), g, x, w),
@@ -50,7 +61,17 @@ def every_operator(shape, device):
     }
 
 
-OPERATORS = ("forward", "input_grad", "kernel_grad", "backward", "add", "add_", "backward_add_")
+OPERATORS = (
+    "forward",
+    "input_grad",
+    "kernel_grad",
+    "backward",
+    "add",
+    "add_",
+    "linear",
+    "frozen linear",
+    "backward_add_",
+)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -76,7 +97,12 @@ def test_gradgradcheck_in_reverse_and_forward_over_reverse(shape, name, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_passes_for_every_operator(dtype, device):
     x, w, g = (t.requires_grad_() for t in operands((2, 3), 2, 3, 4, dtype=dtype, device=device))
+    weight, bias = torch.randn(8, 12, dtype=dtype, device=device), torch.randn(8, device=device)
+    bias = bias.to(dtype)
     samples = [
+        (OPS.block_circ_conv_linear, (x, weight, bias, w, 0.5)),
+        (OPS.block_circ_conv_linear, (x.detach(), weight, None, w.detach())),
+        (OPS.block_circ_conv_linear, (x, weight.clone().requires_grad_(), bias, w)),
         (OPS.block_circ_conv, (x, w)),
         (OPS.block_circ_conv, (x.detach(), w)),
         (OPS.block_circ_conv, (x.detach()[:0], w)),
@@ -426,6 +452,7 @@ def test_flops_are_counted_for_every_operator(device):
     tokens, m, n, b = 5, 2, 3, 8
     x, w, g = operands((tokens,), m, n, b, device=device)
     w_hat = c3a.prepare(w)
+    weight = torch.ones(m * b, n * b, dtype=x.dtype, device=device)
     product = tokens * m * n * (3 * 8 + 2 * 2)  # three complex bins and two real ones
 
     def transforms(*tensors):
@@ -442,6 +469,9 @@ def test_flops_are_counted_for_every_operator(device):
         ),
         lambda: OPS.block_circ_conv_backward_add_(x, g, x.clone(), w): (
             2 * product + transforms(x, w, g) + transforms(x, w) + x.numel()
+        ),
+        lambda: OPS.block_circ_conv_linear(x, weight, None, w): (
+            2 * tokens * weight.numel() + product + transforms(x, w, g) + g.numel()
         ),
         lambda: OPS.prepare(w): transforms(w),
         lambda: OPS.block_circ_conv_prepared(x, w_hat, b): product + transforms(x, g),

@@ -10,6 +10,7 @@ from .linear import C3ALinear
 from .ops import (
     block_circ_conv,
     block_circ_conv_add,
+    block_circ_conv_linear,
     block_circ_conv_prepared,
     block_circ_conv_prepared_add,
     prepare,
@@ -25,6 +26,7 @@ __all__ = [
     "C3ALinear",
     "block_circ_conv",
     "block_circ_conv_add",
+    "block_circ_conv_linear",
     "block_circ_conv_prepared",
     "block_circ_conv_prepared_add",
     "circulant",

@@ -19,6 +19,7 @@ from torch._C import (
     _AutoDispatchBelowAutograd,
     _DisableAutocast,
     _disabled_torch_function_impl,
+    _DisableTorchDispatch,
     _functorch,
     _get_function_stack_at,
     _get_privateuse1_backend_name,
@@ -135,7 +136,8 @@ def has_tangent(*tensors: Tensor) -> bool:
     """
     if not _is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
         return False
-    return any([_unpack_dual(t, 0)[1] is not None for t in tensors])
+    with _DisableTorchDispatch():  # the question is not part of a graph that is being traced
+        return any([_unpack_dual(t, 0)[1] is not None for t in tensors])
 
 
 def in_transform() -> bool:

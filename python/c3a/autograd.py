@@ -32,6 +32,7 @@ _INPUT_GRAD = _OPS.block_circ_conv_input_grad.default
 _KERNEL_GRAD = _OPS.block_circ_conv_kernel_grad.default
 _BACKWARD = _OPS.block_circ_conv_backward.default
 _BACKWARD_ADD_ = _OPS.block_circ_conv_backward_add_.default
+_ADD = _OPS.block_circ_conv_add.default
 _ADD_ = _OPS.block_circ_conv_add_.default
 _PREPARED = _OPS.block_circ_conv_prepared.default
 _PREPARED_ADD_ = _OPS.block_circ_conv_prepared_add_.default
@@ -508,14 +509,17 @@ def add_into(product: Product, base: Tensor, *args: Any) -> Tensor:
     return compute(base, *args)
 
 
-def _linear_node(name: str, product: Product) -> _Node:
+def _linear_node(name: str, product: Product, traced: bool = False) -> _Node:
     """Make the node of a frozen linear layer plus a product of the same input.
 
     Its arguments are weight, bias and the product's. The linear layer computes in the weight's
     dtype, which under autocast is not the input's. Both sums, the result's and the input
-    gradient's, are made in the linear layer's share.
+    gradient's, are made in the linear layer's share. In a graph that is ``traced`` these writes are
+    the compiler's to keep in place.
     """
     in_place = _IN_PLACE[product]
+    at_once = nullcontext if traced else _private.kernels_only
+    is_alone = _is_last if traced else _is_alone
 
     def forward(ctx: _Context, *args: Any) -> Tensor:
         weight, bias, x, *rest = args
@@ -525,7 +529,7 @@ def _linear_node(name: str, product: Product) -> _Node:
         _save_for_tangents(ctx, args)
         ctx.is_dual = False
         ctx.of_x = x.dtype
-        with _private.kernels_only(), _private.autocast_disabled():
+        with at_once(), _private.autocast_disabled():
             y = F.linear(_in(weight.dtype, x), weight, bias)
             in_place.add_(y, x, *rest)
         return y
@@ -538,8 +542,8 @@ def _linear_node(name: str, product: Product) -> _Node:
         saved = ctx.saved_tensors
         kept, weight = saved[:2], saved[2]
         dx: Tensor | None
-        if not ctx.is_dual and _is_alone(h, saved):
-            with _private.kernels_only(), _private.autocast_disabled():
+        if not ctx.is_dual and is_alone(h, saved):
+            with at_once(), _private.autocast_disabled():
                 if wanted[0]:
                     dx = share = _in(ctx.of_x, h.matmul(weight))
                     dw = in_place.add_gradient(share, h, kept, ctx.saved, wanted)
@@ -575,15 +579,20 @@ def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def _is_alone(h: Tensor, saved: _Args) -> bool:
-    """Return whether nothing differentiates, traces, wraps or transforms a backward pass."""
+def _is_last(h: Tensor, _saved: _Args) -> bool:
+    """Return whether nothing differentiates or transforms a backward pass."""
     return (
         not torch.is_grad_enabled()
         and h.layout == torch.strided
-        and _private.is_ordinary(h, *saved)
+        and not _private.in_transform()
         and not _private.is_batch_of_gradients(h)
         and not _private.has_tangent(h)
     )
+
+
+def _is_alone(h: Tensor, saved: _Args) -> bool:
+    """Return whether nothing traces or wraps it either."""
+    return _private.is_ordinary(h, *saved) and _is_last(h, saved)
 
 
 _ON_LINEAR: dict[Product, _Node] = {
@@ -602,3 +611,43 @@ def add_to_linear(
     is not the input's, nothing may have a tangent.
     """
     return _ON_LINEAR[product].apply(weight, bias, x, *args)
+
+
+_TRACED_ON_LINEAR = _linear_node("BlockCircConvLinear", FORWARD, traced=True)
+
+
+def linear_as_a_sum(
+    x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Return what ``block_circ_conv_linear`` does, by a node for each term."""
+    total: Tensor = _ADD(F.linear(_in(weight.dtype, x), weight, bias), x, w, scale)
+    return total
+
+
+def linear_rule(op: _private.Overload) -> _Function:
+    """Decompose, for compilers to see a linear layer; as one node unless the layer is trained."""
+
+    check = shapes.argument_check(op)
+
+    def kernel(
+        _keyset: _private.DispatchKeySet,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        w: Tensor,
+        scale: float = 1.0,
+    ) -> Tensor:
+        check((x, weight, bias, w))
+        shapes.linear(x, weight, bias, w, scale)
+        tensors = _tensors((x, weight, bias, w))
+        if _needs_graph(weight, bias) or _private.in_transform() or _private.has_tangent(*tensors):
+            return linear_as_a_sum(x, weight, bias, w, scale)
+        if _needs_graph(x, w):
+            is_ordinary = _private.is_ordinary(*tensors)
+            node = _ON_LINEAR[FORWARD] if is_ordinary else _TRACED_ON_LINEAR
+            return node.apply(weight, bias, x, w, scale)
+        y = F.linear(_in(weight.dtype, x), weight, bias)
+        _ADD_(y, x, w, scale)
+        return y
+
+    return kernel

@@ -39,6 +39,19 @@ def add(base_shape: Shape, x_shape: Shape, w_shape: Kernel, *_: object, **__: ob
     return forward(x_shape, w_shape) + math.prod(base_shape)
 
 
+def linear(
+    x_shape: Shape,
+    weight_shape: Shape,
+    bias_shape: Shape | None,
+    w_shape: Kernel,
+    *_: object,
+    **__: object,
+) -> int:
+    tokens = math.prod(x_shape[:-1])
+    y_shape = (tokens, weight_shape[0])
+    return 2 * tokens * math.prod(weight_shape) + add(y_shape, x_shape, w_shape)
+
+
 def input_grad(g_shape: Shape, w_shape: Kernel, *_: object, **__: object) -> int:
     return _convolution(g_shape, *w_shape, kernel=True)
 

@@ -17,6 +17,7 @@ from . import _private, autograd
 from .ops import (
     block_circ_conv,
     block_circ_conv_add,
+    block_circ_conv_linear,
     block_circ_conv_prepared,
     block_circ_conv_prepared_add,
 )
@@ -191,6 +192,8 @@ class C3ALinear(nn.Module):
             unadapted: Tensor = base(x)
             return unadapted
         kernel, scale = self.c3a_kernel, self.scale
+        if torch.compiler.is_compiling() and self._is_traced_as_one(base, x):
+            return block_circ_conv_linear(x, base.weight, base.bias, kernel, scale)
         frozen = self._frozen_linear(base, x, kernel)
         if frozen:
             prepared = self._prepared_for(kernel, scale, x, frozen[0].dtype)
@@ -251,6 +254,18 @@ class C3ALinear(nn.Module):
             return None
         dtype = torch.get_autocast_dtype(device)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _is_traced_as_one(self, base: nn.Module, x: Tensor) -> bool:
+        """Return whether a compiler can be given the base layer and the adapter as one operator.
+
+        Not in ``torch.export``, whose graphs are for others to read.
+        """
+        if torch.compiler.is_exporting() or self._pad != (0, 0):
+            return False
+        frozen = _private.frozen_linear(base)
+        return frozen is not None and (
+            frozen[0].dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        )
 
     def prepare(self) -> None:
         """Transform the kernel once for the calls to come that want no gradient for it.

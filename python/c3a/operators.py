@@ -28,8 +28,8 @@ class Operator:
     autograd: Rule  # autograd.py: the kernel of the Autograd key
     vmap: Rule  # vmap.py
     flops: Callable[..., int]  # flops.py
-    # The result follows autocast's dtype; the others keep the dtypes they are given.
-    follows_autocast: bool = False
+    # Of those whose result follows autocast's dtype; the others keep the dtypes they are given.
+    autocast: Callable[[Overload, str], Rule] | None = None
 
 
 def _records() -> tuple[Operator, ...]:
@@ -41,6 +41,7 @@ def _records() -> tuple[Operator, ...]:
     backward_add_ = _OPS.block_circ_conv_backward_add_.default
     add = _OPS.block_circ_conv_add.default
     add_ = _OPS.block_circ_conv_add_.default
+    linear = _OPS.block_circ_conv_linear.default
     prepare = _OPS.prepare.default
     prepared_add = _OPS.block_circ_conv_prepared_add.default
     prepared_add_ = _OPS.block_circ_conv_prepared_add_.default
@@ -63,7 +64,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.product_rule(autograd.FORWARD, "BlockCircConv"),
             vmap=over_forward,
             flops=flops.forward,
-            follows_autocast=True,
+            autocast=_result_in_autocasts_dtype,
         ),
         Operator(
             op=add,
@@ -78,6 +79,14 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.in_place_rule(add_, add),
             vmap=vmap.in_place("block_circ_conv_add_", over_sum),
             flops=flops.add,
+        ),
+        Operator(
+            op=linear,
+            fake=shapes.linear,
+            autograd=autograd.linear_rule(linear),
+            vmap=vmap.decomposed(autograd.linear_as_a_sum),
+            flops=flops.linear,
+            autocast=_linear_in_autocasts_dtype,
         ),
         Operator(
             op=input_grad,
@@ -120,7 +129,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.product_rule(autograd.PREPARED, "BlockCircConvPrepared"),
             vmap=over_prepared,
             flops=flops.prepared,
-            follows_autocast=True,
+            autocast=_result_in_autocasts_dtype,
         ),
         Operator(
             op=prepared_add,
@@ -154,16 +163,34 @@ AUTOCAST_KEYS = {
 }
 
 
-def _autocast_rule(op: Overload, device_type: str) -> Rule:
+def _autocast_dtype(device_type: str) -> torch.dtype:
+    is_private = device_type == "privateuseone"
+    return torch.get_autocast_dtype(
+        _private.privateuse1_device_type() if is_private else device_type
+    )
+
+
+def _result_in_autocasts_dtype(op: Overload, device_type: str) -> Rule:
     """Take the operands as they are (no copy to save), give the result autocast's dtype."""
 
     def kernel(*args: Any) -> Tensor:
-        of = device_type
-        if of == "privateuseone":
-            of = _private.privateuse1_device_type()
         with _private.autocast_disabled():
             y: Tensor = op(*args)
-            return y if y.dtype == torch.float64 else y.to(torch.get_autocast_dtype(of))
+            return y if y.dtype == torch.float64 else y.to(_autocast_dtype(device_type))
+
+    return kernel
+
+
+def _linear_in_autocasts_dtype(op: Overload, device_type: str) -> Rule:
+    """Give the linear layer autocast's dtype, and so the result; the input is as it is."""
+
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        if torch.float64 not in (x.dtype, weight.dtype):
+            dtype = _autocast_dtype(device_type)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        with _private.autocast_disabled():
+            y: Tensor = op(x, weight, bias, *args)
+            return y
 
     return kernel
 
@@ -213,9 +240,9 @@ def _register(operator: Operator) -> None:
     if _private.schema(op).is_mutable:
         _LIBRARY.impl(name, _version_rule(op), "ADInplaceOrView", with_keyset=True)
         _LIBRARY.impl(name, _negated_rule(op), "Negative")
-    if operator.follows_autocast:
+    if operator.autocast is not None:
         for device_type, key in AUTOCAST_KEYS.items():
-            _LIBRARY.impl(name, _autocast_rule(op, device_type), key)
+            _LIBRARY.impl(name, operator.autocast(op, device_type), key)
     # In inference mode nested tensors come here, past the Autograd kernel, which refuses them too.
     check = shapes.argument_check(op)
     for key in ("NestedTensorCPU", "NestedTensorCUDA"):

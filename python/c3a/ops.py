@@ -113,6 +113,45 @@ def prepare(
 
 
 @typed_errors
+def block_circ_conv_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Return a linear layer of ``x`` plus ``block_circ_conv(x, w, scale)``, for a frozen layer.
+
+    Equivalent to ``F.linear(x, weight, bias) + scale * x @ c3a.circulant(w).T``, as one node of the
+    graph: the convolution is added onto the layer's result in place, and in the backward its share
+    of the input's gradient onto the layer's. A compiler sees both, and keeps them in place.
+
+    Args:
+        x: activations of shape ``(..., n*b)``; the layer computes in ``weight``'s dtype.
+        weight: shape ``(m*b, n*b)``.
+        bias: shape ``(m*b,)``, in ``weight``'s dtype, or None.
+        w, scale: as for ``block_circ_conv``.
+
+    Returns:
+        A tensor of shape ``(..., m*b)`` in ``weight``'s dtype.
+
+    Raises:
+        RuntimeError: as for ``block_circ_conv``, and for a ``weight`` or ``bias`` of another shape,
+            dtype or device.
+
+    Differentiable any number of times in every operand; where ``weight`` or ``bias`` require
+    gradients, by two nodes. Under autocast the layer computes in autocast's dtype. Saves ``x`` if
+    ``w`` needs a gradient, ``w`` and ``weight`` if ``x`` does.
+
+    Source: C3A (arXiv:2407.19342), equation of the adapted layer in section 3.2.
+
+    >>> import c3a, torch
+    >>> w = torch.tensor([[[1.0, 2.0, 3.0]]])
+    >>> weight, bias = torch.eye(3), torch.ones(3)
+    >>> c3a.block_circ_conv_linear(torch.tensor([1.0, 0.0, 0.0]), weight, bias, w)
+    tensor([3., 4., 3.])
+    """
+    y: Tensor = _OPS.block_circ_conv_linear(x, weight, bias, w, scale)
+    return y
+
+
+@typed_errors
 def block_circ_conv_prepared(
     x: Tensor, w_hat: Tensor, block_size: int, w_hat_transposed: Tensor | None = None
 ) -> Tensor:

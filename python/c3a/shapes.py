@@ -252,6 +252,28 @@ def add_(base: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> None:
     _check_writable(op, base)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, scale: float = 1.0) -> Tensor:
+    op = "block_circ_conv_linear"
+    _check_operands(op, "x", x, w, "n")
+    m, n, b = w.shape
+    _check_numbers(op, "weight", weight)
+    _check_same_device(op, "weight", weight, "x", x)
+    right = weight.dim() == 2 and weight.shape[0] == m * b and weight.shape[1] == n * b
+    rule = f"weight of shape {_text((m * b, n * b))}, as the kernel's"
+    _check(op, right, lambda: f"expected {rule}, got {_text(weight.shape)}")
+    if bias is not None:
+        got = bias
+        _check_numbers(op, "bias", bias)
+        _check_same_device(op, "bias", bias, "x", x)
+        right = bias.dim() == 1 and bias.shape[0] == m * b
+        rule = f"bias of shape {_text((m * b,))}"
+        _check(op, right, lambda: f"expected {rule}, got {_text(got.shape)}")
+        rule = f"bias in {_name(weight.dtype)}, as weight is"
+        same = bias.dtype == weight.dtype
+        _check(op, same, lambda: f"expected {rule}, got {_name(got.dtype)}")
+    return weight.new_empty((*x.shape[:-1], m * b))
+
+
 def input_grad(g: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     _check_operands("block_circ_conv_input_grad", "grad_output", g, w, "m")
     return g.new_empty((*g.shape[:-1], w.shape[1] * w.shape[2]))

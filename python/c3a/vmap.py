@@ -119,6 +119,15 @@ def summed(product_rule: Rule) -> Rule:
     return rule
 
 
+def decomposed(function: Callable[..., Tensor]) -> Rule:
+    """Return the rule of an operator that a function of others is equal to."""
+
+    def rule(info: Info, in_dims: Dims, *args: Any) -> Result:
+        return torch.vmap(function, in_dims)(*args), 0
+
+    return rule
+
+
 def _batched(name: str, what: str, dim: int | None, functional: str) -> int:
     if dim is None:
         raise RuntimeError(
