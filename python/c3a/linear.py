@@ -192,10 +192,9 @@ class C3ALinear(nn.Module):
             unadapted: Tensor = base(x)
             return unadapted
         kernel, scale = self.c3a_kernel, self.scale
-        if torch.compiler.is_compiling() and self._is_traced_as_one(base, x):
-            return block_circ_conv_linear(x, base.weight, base.bias, kernel, scale)
-        frozen = self._frozen_linear(base, x, kernel)
-        if frozen:
+        if traced := self._traced_linear(base, x):
+            return block_circ_conv_linear(x, *traced, kernel, scale)
+        if frozen := self._frozen_linear(base, x, kernel):
             prepared = self._prepared_for(kernel, scale, x, frozen[0].dtype)
             if prepared:
                 return autograd.add_to_linear(autograd.PREPARED, *frozen, x, *prepared)
@@ -255,17 +254,18 @@ class C3ALinear(nn.Module):
         dtype = torch.get_autocast_dtype(device)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def _is_traced_as_one(self, base: nn.Module, x: Tensor) -> bool:
-        """Return whether a compiler can be given the base layer and the adapter as one operator.
+    def _traced_linear(self, base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight and bias where a compiler is given base and adapter as one operator.
 
         Not in ``torch.export``, whose graphs are for others to read.
         """
-        if torch.compiler.is_exporting() or self._pad != (0, 0):
-            return False
+        compiler = torch.compiler
+        if not compiler.is_compiling() or compiler.is_exporting() or self._pad != (0, 0):
+            return None
         frozen = _private.frozen_linear(base)
-        return frozen is not None and (
-            frozen[0].dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-        )
+        if frozen and (frozen[0].dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
+            return frozen
+        return None
 
     def prepare(self) -> None:
         """Transform the kernel once for the calls to come that want no gradient for it.
