@@ -347,6 +347,52 @@ assert main(["inspect", "nowhere"]) == 2
     assert "pip install 'c3a[finetune]'" in run.stderr
 
 
+def test_the_import_brings_safetensors_only_and_no_part_of_torch_that_takes_time():
+    """Of what ``import torch`` has not imported; triton alone would take 80 ms."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import c3a
+print(*(set(sys.modules) - before))
+"""
+    run = in_new_process(code)
+    assert "c3a.linear" in run.stdout, run.stderr
+    brought = {name for name in run.stdout.split() if name.split(".")[0] != "c3a"}
+    of_torch = {name for name in brought if name.split(".")[0] == "torch"}
+    assert of_torch <= {"torch.utils._device"}
+    others = {name.split(".")[0] for name in brought - of_torch} - {"safetensors"}
+    assert others <= set(sys.stdlib_module_names)
+
+
+COUNT = """
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    torch.ops.c3a.block_circ_conv(torch.ones(1, 4), torch.ones(1, 1, 4))
+assert counter.get_total_flops() == 2.5 * 12 * 2 + 8 + 2 * 2, counter.get_total_flops()
+"""
+REIMPORT = "del sys.modules['torch.utils.flop_counter']; import torch.utils.flop_counter"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import torch.utils.flop_counter, c3a",
+        "import c3a, torch.utils.flop_counter",
+        "import c3a; from torch.utils import flop_counter as f; import importlib as i; i.reload(f)",
+        f"import torch.utils.flop_counter, c3a; {REIMPORT}",
+        "import c3a.flops as f; f.register({}); import torch.utils.flop_counter",  # another copy's
+    ],
+)
+def test_flops_are_counted_whenever_the_counter_is_imported(imports):
+    code = f"""
+import sys, torch; {imports}
+{COUNT}
+counter = sys.modules["torch.utils.flop_counter"]
+assert type(counter.__loader__) is type(torch.__loader__) is type(counter.__spec__.loader)
+"""
+    run = in_new_process(code)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize(("module", "fails"), [("torch.nn.new", False), ("c3a.linear", True)])
 def test_a_warning_of_torchs_own_lines_fails_no_test(module, fails):
     """A torch that is newer than the tests may have new ones; what it says of our lines fails."""
