@@ -2,6 +2,7 @@
 
 import ast
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -143,6 +144,17 @@ FIRST_ON_THE_PATH = (
 )
 
 
+def test_a_library_that_does_not_load_says_why_and_what_torch_it_needs(copy):
+    """As beside torch 2.9, which lacks symbols, or with the wheel of another machine."""
+    library = copy / _library.cpu_library().name
+    library.write_bytes(b"")
+    run = in_new_process(FIRST_ON_THE_PATH + "import c3a", copy.parent)
+    assert run.stderr.strip().splitlines()[-1] == (
+        f"ImportError: c3a: {library}: file too short; needs torch 2.10 or newer and a build for "
+        f"this machine, this is torch {torch.__version__} on {platform.machine()}"
+    )
+
+
 def test_a_folder_without_metadata_is_imported(copy):
     code = (
         "from importlib import metadata; metadata.distributions = lambda **kwargs: (); "
@@ -268,7 +280,8 @@ def load(tmp_path, monkeypatch):
     def load(cuda: str | None, gpus: int, *names: str, broken: str = "") -> list[str]:
         def load_library(path):
             if path.name == broken:
-                raise OSError("libcufft.so.12: cannot open shared object file")
+                cause = OSError("libcufft.so.12: cannot open shared object file")
+                raise OSError(f"Could not load this library: {path}") from cause  # as torch does
             loaded.append(path.name)
 
         loaded: list[str] = []
