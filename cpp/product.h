@@ -103,7 +103,7 @@ struct Arithmetic<Pair> {
     }
   }
   static C3A_INLINE Factors scalar(const Pair* p, int64_t imaginary) {
-    return {Words{} + p[0].bits, Words{} + p[imaginary].bits};
+    return {broadcast(p[0]), broadcast(p[imaginary])};
   }
   static C3A_INLINE Factors column(const Pair* p, int64_t) { return read<Product::left>(p, 0); }
 
@@ -114,6 +114,14 @@ struct Arithmetic<Pair> {
   }
 
  private:
+  static C3A_INLINE Words broadcast(const Pair& pair) {
+    Words words = Words{} + pair.bits;
+#if defined(__clang__) && __clang_major__ == 16
+    // It crashes on the cast of a broadcast word to pairs, so it must not know that this is one.
+    asm("" : "+v"(words));
+#endif
+    return words;
+  }
   static C3A_INLINE Vec<T> dot(const Vec<T>& sum, const Words& x, const Words& y) {
     return (Vec<T>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
   }

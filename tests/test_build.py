@@ -1,7 +1,9 @@
 """The build before anything is compiled: what it finds, and the sentence that it ends in if not."""
 
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -94,6 +96,29 @@ def test_without_a_compiler_it_says_what_to_install(configure):
     run, said = configure(CXX="/bin/false")
     assert run.returncode != 0
     assert "found none: install one (on Debian and Ubuntu: apt install g++)" in said
+
+
+COMPILERS = ["g++", *(f"g++-{n}" for n in range(11, 17)), *(f"clang++-{n}" for n in range(14, 24))]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86-64")
+@pytest.mark.parametrize("compiler", [*filter(shutil.which, COMPILERS)])
+def test_every_compiler_at_hand_optimises_products_of_pairs(compiler, tmp_path):
+    """Clang 16 crashed, on the optimised code only, which the check of the compiler is not."""
+    product = tmp_path / "product.cpp"
+    product.write_text(
+        f'#include "{ROOT}/cpp/product.h"\n'
+        "namespace c3a::cpu::tried {\n"
+        "void f(Complex<float>& sum, const Pair* x, const Pair* y) {\n"
+        "  using A = Arithmetic<Pair>;\n"
+        "  A::add<Product::left>(sum, A::scalar(x, 16), A::column(y, 16));\n"
+        "}\n"
+        "}\n"
+    )
+    flags = ["-std=c++20", "-O2", "-DC3A_LEVEL=tried", "-march=x86-64-v4", "-mavx512bf16"]
+    command = [compiler, *flags, "-c", product, "-o", tmp_path / "product.o"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("system", ["Darwin", "Windows"])

@@ -554,3 +554,14 @@ def test_target_modules_on_the_command_line():
     assert finetune._targets(["query"]) == ["query"]
     assert finetune._targets(["query", "value"]) == ["query", "value"]
     assert finetune._targets([r".*\.query"]) == r".*\.query"
+
+
+def test_help_says_every_default_once_and_none_as_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    _, *texts = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("options:")[2])
+    assert len(texts) == 18
+    for text in texts:
+        without = text.startswith(("-h", "--steps", "--compile"))
+        assert text.count("(default: ") + text.count("(default:\n") == (not without), text
+        assert "None" not in text

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -143,6 +144,17 @@ FIRST_ON_THE_PATH = (
 )
 
 
+def test_a_library_that_does_not_load_says_why_and_what_torch_it_needs(copy):
+    """As beside torch 2.9, which lacks symbols, or with the wheel of another machine."""
+    library = copy / _library.cpu_library().name
+    library.write_bytes(b"")
+    run = in_new_process(FIRST_ON_THE_PATH + "import c3a", copy.parent)
+    assert run.stderr.strip().splitlines()[-1] == (
+        f"ImportError: c3a: {library}: file too short; needs torch 2.10 or newer and a build for "
+        f"this machine, this is torch {torch.__version__} on {platform.machine()}"
+    )
+
+
 def test_a_folder_without_metadata_is_imported(copy):
     code = (
         "from importlib import metadata; metadata.distributions = lambda **kwargs: (); "
@@ -268,7 +280,8 @@ def load(tmp_path, monkeypatch):
     def load(cuda: str | None, gpus: int, *names: str, broken: str = "") -> list[str]:
         def load_library(path):
             if path.name == broken:
-                raise OSError("libcufft.so.12: cannot open shared object file")
+                cause = OSError("libcufft.so.12: cannot open shared object file")
+                raise OSError(f"Could not load this library: {path}") from cause  # as torch does
             loaded.append(path.name)
 
         loaded: list[str] = []
@@ -324,11 +337,13 @@ def test_info_tells_of_a_cuda_library_that_did_not_load(monkeypatch):
     assert re.search("CUDA library +not loaded: libcufft.so.12: cannot", info.report())
 
 
-def test_the_core_needs_torch_and_safetensors_only():
-    """Import the package with nothing else of the extras at hand."""
+def test_the_core_needs_torch_and_safetensors_only(tmp_path):
+    """Work with nothing else at hand, but numpy, which safetensors needs to save tensors."""
+    core = [line for line in metadata.requires("c3a") if "extra ==" not in line]
+    assert core == ["torch>=2.10", "safetensors[torch]>=0.4"]
     code = """
 import sys
-extras = ("transformers", "peft", "accelerate", "matplotlib", "rich", "numpy", "scipy")
+extras = ("transformers", "peft", "accelerate", "matplotlib", "rich", "scipy")
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in extras:
@@ -337,14 +352,62 @@ sys.meta_path.insert(0, Absent())
 import c3a, torch
 from c3a.cli import main
 model = c3a.patch_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), ["0"], 2)
+c3a.save_adapter(model, sys.argv[1])
+c3a.load_adapter(c3a.unpatch_model(model), sys.argv[1])
 assert main(["info"]) == 0
 assert main(["inspect", "nowhere"]) == 2
 """
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     assert "pip install 'c3a[finetune]'" in run.stderr
+
+
+def test_the_import_brings_safetensors_only_and_no_part_of_torch_that_takes_time():
+    """Of what ``import torch`` has not imported; triton alone would take 80 ms."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import c3a
+print(*(set(sys.modules) - before))
+"""
+    run = in_new_process(code)
+    assert "c3a.linear" in run.stdout, run.stderr
+    brought = {name for name in run.stdout.split() if name.split(".")[0] != "c3a"}
+    of_torch = {name for name in brought if name.split(".")[0] == "torch"}
+    assert of_torch <= {"torch.utils._device"}
+    others = {name.split(".")[0] for name in brought - of_torch} - {"safetensors"}
+    assert others <= set(sys.stdlib_module_names)
+
+
+COUNT = """
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    torch.ops.c3a.block_circ_conv(torch.ones(1, 4), torch.ones(1, 1, 4))
+assert counter.get_total_flops() == 2.5 * 12 * 2 + 8 + 2 * 2, counter.get_total_flops()
+"""
+REIMPORT = "del sys.modules['torch.utils.flop_counter']; import torch.utils.flop_counter"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import torch.utils.flop_counter, c3a",
+        "import c3a, torch.utils.flop_counter",
+        "import c3a; from torch.utils import flop_counter as f; import importlib as i; i.reload(f)",
+        f"import torch.utils.flop_counter, c3a; {REIMPORT}",
+        "import c3a.flops as f; f.register({}); import torch.utils.flop_counter",  # another copy's
+    ],
+)
+def test_flops_are_counted_whenever_the_counter_is_imported(imports):
+    code = f"""
+import sys, torch; {imports}
+{COUNT}
+counter = sys.modules["torch.utils.flop_counter"]
+assert type(counter.__loader__) is type(torch.__loader__) is type(counter.__spec__.loader)
+"""
+    run = in_new_process(code)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(("module", "fails"), [("torch.nn.new", False), ("c3a.linear", True)])

@@ -260,6 +260,12 @@ def test_what_is_no_model_is_named(call, model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_state_dict_given_as_a_model_is_named_in_one_line():
+    with pytest.raises(TypeError, match=r"got OrderedDict OrderedDict\(.*\.\.\.$") as error:
+        c3a.patch_model(nn.Linear(9, 9).state_dict(), ["0"], 3)
+    assert "\n" not in str(error.value)
+
+
 def test_patching_twice_is_an_error():
     model = c3a.patch_model(Model(), ["query"], 6)
     before = snapshot(model)

@@ -1,6 +1,7 @@
 """Loads the operator libraries: the CPU's, which defines the schemas, then CUDA's if it fits."""
 
 import ctypes
+import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -111,16 +112,27 @@ def cpu_level() -> str:
     return (level.value or b"").decode()
 
 
+def _cause(error: OSError) -> BaseException:
+    """Return what the system said of a library, which torch's error only refers to."""
+    return error.__cause__ or error
+
+
 def _load() -> CudaLibrary:
     library = cpu_library()
     _refuse_a_second(library)
-    torch.ops.load_library(library)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(
+            f"c3a: {_cause(error)}; needs torch 2.10 or newer and a build for this machine, this "
+            f"is torch {torch.__version__} on {platform.machine()}"
+        ) from None
     cuda = cuda_library()
     if cuda.path is not None:
         try:
             torch.ops.load_library(cuda.path)
         except OSError as error:  # what it takes from torch's CUDA libraries is not there
-            cuda = CudaLibrary(None, str(error))
+            cuda = CudaLibrary(None, str(_cause(error)))
     # Nothing is lost on a machine without a GPU, where CUDA builds of torch are common. Devices are
     # counted without starting CUDA, which processes forked later would not survive.
     if cuda.path is None and torch.version.cuda is not None and torch.cuda.device_count() > 0:

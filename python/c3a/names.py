@@ -194,6 +194,6 @@ def _first_matches(
 
 
 def shown(value: object) -> str:
-    """Return a value of a file as one short line."""
-    text = repr(value)
+    """Return a value, which may be a file's, as one short line."""
+    text = re.sub(r"\s*\n\s*", " ", repr(value))
     return text if len(text) <= 200 else f"{text[:200]}..."

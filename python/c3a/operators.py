@@ -236,7 +236,6 @@ def _register(operator: Operator) -> None:
     torch.library.register_fake(name, operator.fake, lib=_LIBRARY)
     torch.library.register_vmap(name, operator.vmap, lib=_LIBRARY)
     _LIBRARY.impl(name, operator.autograd, "Autograd", with_keyset=True)
-    flops.register(op, operator.flops)
     if _private.schema(op).is_mutable:
         _LIBRARY.impl(name, _version_rule(op), "ADInplaceOrView", with_keyset=True)
         _LIBRARY.impl(name, _negated_rule(op), "Negative")
@@ -258,3 +257,4 @@ def _register(operator: Operator) -> None:
 OPERATORS = _records()
 for _operator in OPERATORS:
     _register(_operator)
+flops.register({operator.op: operator.flops for operator in OPERATORS})

@@ -15,36 +15,50 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="fine-tune a sequence classifier and report its accuracy",
         description="Fine-tune a sequence classifier of transformers. By default the packaged "
         "MiniLM-L6 on the packaged Rotten Tomatoes sentences: no hub is needed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--model", help="a local folder or a hub's name (default: the packaged MiniLM-L6)")
     add("--data", type=Path, help="a CSV, TSV or JSON-lines file (default: Rotten Tomatoes)")
-    add("--text-column", default="text")
-    add("--label-column", default="label")
-    add("--method", choices=_METHODS, default="c3a", help="what to train beside the head")
+    add("--text-column", default="text", help="the texts' column (default: %(default)s)")
+    add("--label-column", default="label", help="the classes' column (default: %(default)s)")
+    add(
+        "--method",
+        choices=_METHODS,
+        default="c3a",
+        help="what to train beside the head (default: %(default)s)",
+    )
     add(
         "--target-modules",
         nargs="+",
         default=["all-linear"],
         metavar="NAME",
-        help="ends of names, or one regular expression for whole names, or all-linear",
+        help="ends of names, or one regular expression for whole names (default: all-linear)",
     )
     add(
         "--block-size",
         type=_block_size,
         default="auto",
-        help="of C3A; auto: the common divisor nearest to sqrt(in * out) / rank",
+        help="of C3A (default: auto, the common divisor nearest to sqrt(in * out) / rank)",
     )
-    add("--rank", type=int, default=8, help="of LoRA, and for --block-size auto")
+    add(
+        "--rank",
+        type=int,
+        default=8,
+        help="of LoRA, and for --block-size auto (default: %(default)s)",
+    )
     add("--lr", type=float, help="learning rate of the adapter (default: by method)")
     add("--head-lr", type=float, help="learning rate of the head (default: by method)")
-    add("--epochs", type=float, default=3.0)
+    add("--epochs", type=float, default=3.0, help="passes over the data (default: %(default)s)")
     add("--steps", type=int, help="stop after this many steps instead of --epochs")
-    add("--batch-size", type=int, default=32)
-    add("--max-length", type=int, default=64, help="tokens a text is cut to")
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, help="a new folder, or that of an earlier run")
+    add("--batch-size", type=int, default=32, help="texts in a step (default: %(default)s)")
+    add(
+        "--max-length",
+        type=int,
+        default=64,
+        help="tokens a text is cut to (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of splits, order and weights (default: %(default)s)")
+    add("--output", type=Path, help="a new folder, or that of an earlier run (default: not saved)")
     add("--compile", action="store_true", help="train under torch.compile")
     parser.set_defaults(run=run)
 
