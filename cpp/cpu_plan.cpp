@@ -31,8 +31,12 @@ bool has_passes(int64_t b) {
   return b == 1;
 }
 
+struct Root {
+  double re, im;
+};
+
 // exp(-2 pi i k / n)
-std::pair<double, double> root(int64_t k, int64_t n) {
+Root root(int64_t k, int64_t n) {
   const auto part = [&](bool sine) { return static_cast<double>(turn<long double>(k, n, sine)); };
   return {part(false), -part(true)};
 }
@@ -59,9 +63,9 @@ Plan::Plan(int64_t b) {
 template <class T>
 void Plan::fill(Tables<T>& tables, int64_t b) const {
   const int64_t h = static_cast<int64_t>(position_.size());
-  const auto append = [](std::vector<T>& to, const std::pair<double, double>& value) {
-    to.push_back(static_cast<T>(value.first));
-    to.push_back(static_cast<T>(value.second));
+  const auto append = [](std::vector<T>& to, const Root& value) {
+    to.push_back(static_cast<T>(value.re));
+    to.push_back(static_cast<T>(value.im));
   };
   std::vector<size_t> starts;
   int64_t length = h;

@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +121,32 @@ def test_every_compiler_at_hand_optimises_products_of_pairs(compiler, tmp_path):
     command = [compiler, *flags, "-c", product, "-o", tmp_path / "product.o"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+AARCH64 = f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'build_support/aarch64.cmake'}"
+
+
+def test_without_a_cross_compiler_for_aarch64_it_says_what_to_install(configure):
+    run, said = configure(AARCH64, "-DCMAKE_FIND_USE_SYSTEM_ENVIRONMENT_PATH=OFF")
+    assert run.returncode != 0
+    assert (
+        "c3a for aarch64 needs aarch64-linux-gnu-g++ and found none: install it "
+        "(on Debian and Ubuntu: apt install g++-aarch64-linux-gnu)"
+    ) in said
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="needs that compiler")
+def test_what_is_built_for_aarch64_is_named_for_it_and_has_its_level(configure, tmp_path):
+    run, said = configure(
+        *(AARCH64, "-DC3A_PYBIND=ON", "-DC3A_MANYLINUX=ON"),
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
+    )
+    assert run.returncode == 0, said
+    rules = (tmp_path / "build/build.ninja").read_text()
+    assert re.search(r"_C\.cpython-3\d+-aarch64-linux-gnu\.so", rules)
+    assert "-DC3A_LEVEL=native" in rules
+    assert "x86" not in rules.replace(str(ROOT), "")
 
 
 @pytest.mark.parametrize("system", ["Darwin", "Windows"])
