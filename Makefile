@@ -212,7 +212,7 @@ wheels-check:
 TORCHES ?= $(TORCH)
 FROM_WHEELS := build/wheels-test
 WITHOUT_SOURCES := test_operator test_rules test_errors test_cpu test_prepared test_private test_package \
-	test_linear test_node test_weight test_patch test_reference test_files
+	test_linear test_node test_weight test_patch test_reference test_files test_compiled
 
 wheels-test:
 	rm -rf $(FROM_WHEELS)
