@@ -86,6 +86,46 @@ def test_initial_values_are_those_of_peft(init, bound, std):
         assert kernel.abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["to", "method", "type"])
+def test_a_model_in_half_precision_keeps_its_kernels(how, dtype):
+    model = nn.Sequential(adapted(32, 32, 8), nn.Linear(32, 32))
+    kernel = model[0].c3a_kernel
+    kernel.grad, values = torch.ones_like(kernel), kernel.detach().clone()
+    if how == "method":
+        model.half() if dtype == torch.float16 else model.bfloat16()
+    else:
+        model.to(dtype) if how == "to" else model.type(dtype)
+    assert model[0].c3a_kernel is kernel
+    assert torch.equal(kernel, values)
+    assert kernel.dtype == kernel.grad.dtype == torch.float32
+    assert model[0].base_layer.weight.dtype == model[1].weight.dtype == dtype
+    model.double()
+    assert kernel.dtype == torch.float64
+    model.float()
+    assert kernel.dtype == torch.float32
+    narrow = adapted(32, 32, 8, dtype=torch.bfloat16).half()
+    assert narrow.c3a_kernel.dtype == torch.float16  # asked for
+
+
+def test_a_model_in_float16_trains():
+    """AdamW's eps is zero in float16, as are squares of gradients: NaN at the second step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    c3a.patch_model(model, ["0", "2"], block_size=16).half()
+    kernels = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(kernels, lr=1e-2)
+    x, target = torch.randn(32, 64).half(), torch.randn(32, 64)
+    losses = []
+    for _ in range(12):
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.002
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saves_nothing_but_its_input_and_the_kernel(dtype):
     layer = adapted(256, 128, 32, base_dtype=dtype)

@@ -253,7 +253,8 @@ def test_options_of_transformers_keep_their_meaning(bert, tmp_path):
     again = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, variant="fp32", dtype=torch.bfloat16
     )
-    torch.testing.assert_close(outputs(again), outputs(model), rtol=0.1, atol=0.1)
+    ours, theirs = outputs(model), outputs(again)
+    assert (ours - theirs).norm() < 0.03 * ours.norm()
     model.save_pretrained(tmp_path / "not main", is_main_process=False)
     assert not list((tmp_path / "not main").iterdir())
 

@@ -63,7 +63,8 @@ class C3ALinear(nn.Module):
         init: ``"zeros"`` (the layer starts equal to its base), ``"xavier_uniform"`` (bound
             ``sqrt(6 / (in + out))``), ``"kaiming_uniform"`` (bound ``sqrt(1 / in)``) or
             ``"gaussian"`` (standard normal).
-        dtype: the kernel's dtype; inputs may have another.
+        dtype: the kernel's dtype; inputs may have another. ``half()``, ``bfloat16()`` and ``to()``
+            leave a wider kernel as it is: float16 cannot hold what optimizers keep of it.
         pad: accept a block size that does not divide: the input is padded with zeros, the output
             cut. Costs a padded copy of the input, and the PEFT library cannot load the adapter.
 
@@ -276,7 +277,11 @@ class C3ALinear(nn.Module):
         layer, and by writes to the kernel that autograd counts; writes around the count (``.data``,
         FSDP's, another process's) are not seen there: call this again after them.
         """
-        self._prepared.make(self.c3a_kernel, self.scale)
+        weight = getattr(self.base_layer, "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) else self.c3a_kernel.dtype
+        if dtype not in SUPPORTED_DTYPES:  # quantised
+            dtype = self.c3a_kernel.dtype
+        self._prepared.make(self.c3a_kernel, self.scale, dtype)
 
     def _prepared_for(
         self, kernel: Tensor, scale: float, x: Tensor, of_y: torch.dtype
@@ -466,8 +471,21 @@ class C3ALinear(nn.Module):
         self.base_layer.weight, self._set_aside[0] = self._set_aside[0], self.base_layer.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+        """Convert or move the layer; a kernel is not narrowed to 16 bits with the model.
+
+        In float16 an optimizer's squares of gradients, and AdamW's eps, are zero.
+        """
         self._prepared.drop()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+
+        def of_kernel(t: Tensor) -> Tensor:
+            new = fn(t)
+            narrowed = new.is_floating_point() and new.itemsize == 2 and t.itemsize > 2
+            return t.to(new.device) if narrowed else new
+
+        super()._apply(of_kernel, recurse=False)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for weight in self._set_aside:
                 weight.data = fn(weight.data)

@@ -45,15 +45,17 @@ class PreparedKernel:
     def drop(self) -> None:
         self._held = None
 
-    def make(self, w: Tensor, scale: float) -> None:
-        """Prepare now, whatever was there."""
+    def make(self, w: Tensor, scale: float, activations: torch.dtype) -> None:
+        """Prepare now, whatever was there, for activations of this dtype."""
         if w.device.type != "cpu" and w.is_inference():
             raise RuntimeError(
                 "c3a.C3ALinear.prepare: expected a kernel made outside inference mode: this "
                 f"one counts no writes, and on {w.device} nothing else tells when it changes"
             )
         with self._lock:
-            self._held = _prepared(_plain(w), scale, _prepared_for(w, w.dtype), transposed=False)
+            self._held = _prepared(
+                _plain(w), scale, _prepared_for(w, activations), transposed=False
+            )
 
     def get(
         self, w: Tensor, scale: float, activations: tuple[torch.dtype, ...], transposed: bool
