@@ -170,7 +170,7 @@ def test_an_export_is_the_truncated_delta_and_peft_adds_it(adapter, rank, tmp_pa
 def test_energies_add_up_to_one_at_full_rank_and_grow_with_the_rank(adapter, tmp_path):
     shares = [
         c3a.lora.export(adapter, tmp_path / str(rank), rank=rank, at_least=0).energy
-        for rank in range(1, 13)
+        for rank in (1, 4, 8, 12)
     ]
     assert shares == sorted(shares)
     assert shares[-1] == 1
@@ -179,7 +179,7 @@ def test_energies_add_up_to_one_at_full_rank_and_grow_with_the_rank(adapter, tmp
     assert {layer.energy for layer in every.layers.values()} == {1}
 
 
-@pytest.mark.parametrize("energy", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("energy", [0.9, 0.99])
 def test_energy_chooses_the_smallest_rank_of_each_layer(adapter, energy, tmp_path):
     found = c3a.lora.export(adapter, tmp_path / "lora", energy=energy)
     ranks = {}
@@ -415,7 +415,7 @@ def test_the_nearest_kernel_of_a_circulant_matrix_is_its_own(shape):
     assert error < 1e-12
 
 
-@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,)])
+@pytest.mark.parametrize("lead", [(), (2, 3), (0,)])
 @pytest.mark.parametrize(("rows", "columns", "b"), [(6, 9, 3), (5, 5, 5), (8, 4, 2), (7, 10, 4)])
 def test_no_kernel_is_nearer(rows, columns, b, lead):
     delta = torch.randn(*lead, rows, columns, dtype=torch.float64)
@@ -579,8 +579,8 @@ LORAS = {
     "alpha": ({}, lambda f: edit(f, lora_alpha=1e400), "expected lora_alpha to be a number"),
     "a pattern": (
         {},
-        lambda f: edit(f, alpha_pattern={"(.+)+(.+)+(.+)+X": 1.0}),
-        "the regular expression '(.+)+(.+)+(.+)+X' takes more than",
+        lambda f: edit(f, alpha_pattern={"(((((.+)+)+)+)+)+X": 1.0}),
+        "the regular expression '(((((.+)+)+)+)+)+X' takes more than",
     ),
     "a C3A": (
         {},
