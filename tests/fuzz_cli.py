@@ -433,7 +433,7 @@ def check(case: Case) -> None:
     after = snapshot(case.folder)
     if status == 2:
         last = re.split("[\r\n]c3a: ", f"\n{said}")[-1]
-        refused = re.search(r"(^|[\r\n])(c3a: |c3a[\w ]*: error: )", said)
+        refused = re.search(r"(^|[\r\n])(c3a: |c3a[\w -]*: error: )", said)
         expect(bool(refused), f"says nothing: {said[-300:]}")
         expect(not RAW.search(last) or bool(LIBRARY.search(last)), f"speaks to programmers: {last}")
         changed = [path for path in before | after if before.get(path) != after.get(path)]
