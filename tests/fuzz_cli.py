@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import c3a
+import c3a.lora
 import fuzzing
 from c3a.cli import main as cli
 from tiny_model import write_model, write_reviews
@@ -326,6 +327,30 @@ def finetunes(case: Case) -> list[str]:
     return ["finetune", *arguments]
 
 
+def exports(case: Case) -> list[str]:
+    size = case.choice("--rank", "--rank", "--energy")
+    value = case.choice("1", "4", "24", "0.9", *NUMBERS)
+    more = [f"--at-least={case.choice('0', '0', *NUMBERS)}"] if case.chance(0.7) else []
+    return ["export-lora", case.adapter(), case.output(), f"{size}={value}", *more]
+
+
+def converts(case: Case) -> list[str]:
+    size = f"--block-size={case.choice('12', '12', '6', 'auto', *NUMBERS)}"
+    rank = [f"--rank={case.choice(*NUMBERS)}"] if case.chance(0.2) else []
+    if case.chance(0.5):
+        folder = case.copy("lora")
+        if case.chance(0.8):
+            case.break_folder(folder)
+        return ["convert", str(folder), case.output(), size, *rank]
+    names = ("query", "value", "dense", "embeddings", "LayerNorm", "", "(", "x", "encoder")
+    base = str(case.originals / "model")  # nothing writes there
+    targets = [f"--target-modules={case.choice(*names)}"] if case.chance(0.9) else []
+    heads = [f"--modules-to-save={case.choice(*names)}"] if case.chance(0.3) else []
+    turned = ["--fan-in-fan-out"] if case.chance(0.1) else []
+    more = [*targets, *heads, *turned, *rank]
+    return ["convert", case.model(), case.output(), f"--base={base}", size, *more]
+
+
 def confuses(case: Case) -> list[str]:
     """Arguments that are not even of a command."""
     words = (
@@ -333,6 +358,8 @@ def confuses(case: Case) -> list[str]:
         "finetun",
         "inspect",
         "merge",
+        "export-lora",
+        "convert",
         "info",
         "--help",
         "--version",
@@ -343,7 +370,8 @@ def confuses(case: Case) -> list[str]:
     return [case.choice(*words) for _ in range(case.choice(0, 1, 1, 2))]
 
 
-KINDS = {inspects: 8, merges: 5, finetunes: 4, confuses: 1}  # and how often each is drawn
+# and how often each is drawn
+KINDS = {inspects: 8, merges: 5, exports: 5, converts: 5, finetunes: 4, confuses: 1}
 
 
 # Running
@@ -362,6 +390,7 @@ def originals(folder: Path) -> None:
     c3a.patch_model(model, ["query", "value"], 12, init="gaussian", modules_to_save=["classifier"])
     c3a.save_adapter(model, folder / "adapter", task_type="SEQ_CLS")
     model.config.save_pretrained(folder / "adapter")
+    c3a.lora.export(folder / "adapter", folder / "lora", energy=0.9)
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -404,7 +433,7 @@ def check(case: Case) -> None:
     after = snapshot(case.folder)
     if status == 2:
         last = re.split("[\r\n]c3a: ", f"\n{said}")[-1]
-        refused = re.search(r"(^|[\r\n])(c3a: |c3a[\w ]*: error: )", said)
+        refused = re.search(r"(^|[\r\n])(c3a: |c3a[\w -]*: error: )", said)
         expect(bool(refused), f"says nothing: {said[-300:]}")
         expect(not RAW.search(last) or bool(LIBRARY.search(last)), f"speaks to programmers: {last}")
         changed = [path for path in before | after if before.get(path) != after.get(path)]

@@ -18,6 +18,8 @@ def test_careless_calls_end_with_a_line_and_no_traceback(capsys):
     assert status == 0
     assert " inspects, 0" in said
     assert " merges, 2" in said
+    assert " exports, 2" in said
+    assert " converts, 2" in said
 
 
 def raises(options):

@@ -17,7 +17,7 @@ from .ops import (
 )
 from .patch import disabled, merge, patch_model, unmerge, unpatch_model
 from .pretrained import load_pretrained
-from .reference import circulant
+from .reference import circulant, nearest_kernel
 from .summary import summary
 
 __version__ = _library.fact("version")
@@ -34,6 +34,7 @@ __all__ = [
     "load_adapter",
     "load_pretrained",
     "merge",
+    "nearest_kernel",
     "patch_model",
     "prepare",
     "save_adapter",

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import reduce
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .adapter_files import (
     PREFIX,
     WEIGHTS,
     Adapter,
+    LayerFacts,
     kernel_key,
     read,
     read_adapter,
@@ -52,6 +53,7 @@ __all__ = [
     "read_adapter",
     "save_adapter",
 ]
+_N = TypeVar("_N", int, float)
 _INIT_WEIGHTS = {"zeros": True}  # PEFT's name for it; the others are the same
 
 
@@ -85,21 +87,21 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     """
     model, folder = unwrapped(model), Path(folder)
     with said_by("c3a.save_adapter"), as_trained(model):
-        tensors, config = adapter_of(model, task_type)
+        tensors, config, facts = adapter_of(model, task_type)
     _warn_of_what_is_left_out(model, tensors)
     warn_of_what_peft_cannot_load(
         "c3a.save_adapter: c3a.load_adapter can load this adapter into such a model, the PEFT "
         "library cannot",
         adapted_layers(model),
     )
-    write(folder, tensors, config)
+    write(folder, tensors, config, facts)
     return folder
 
 
 def adapter_of(
     model: nn.Module, task_type: str | None, state: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the configuration of a patched model's adapter, as they are stored.
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, LayerFacts]]:
+    """Return what is stored of a patched model's adapter: tensors, configuration, layers' facts.
 
     Args:
         model, task_type: as for ``save_adapter``, without wrappers.
@@ -139,7 +141,23 @@ def adapter_of(
                 tensors[f"{PREFIX}{key}"] = (
                     given.get(key, tensor).detach().cpu().contiguous().clone()
                 )
-    return tensors, _config_of(model, layers, saved, task_type)
+    return tensors, _config_of(model, layers, saved, task_type), _facts_of(layers)
+
+
+def _facts_of(layers: Mapping[str, C3ALinear]) -> dict[str, LayerFacts]:
+    facts = {
+        name: LayerFacts(
+            layer.in_features, layer.out_features, not hasattr(layer.base_layer, "in_features")
+        )
+        for name, layer in layers.items()
+    }
+    return {
+        name: known
+        for name, known in facts.items()
+        if known.fan_in_fan_out
+        or known.in_features % layers[name].block_size
+        or known.out_features % layers[name].block_size
+    }
 
 
 def kernel_of(name: str, layer: C3ALinear) -> Tensor:
@@ -313,7 +331,7 @@ def _config_of(
     model: nn.Module, layers: Mapping[str, C3ALinear], saved: tuple[str, ...], task_type: str | None
 ) -> dict[str, Any]:
     sizes = {name: layer.block_size for name, layer in layers.items()}
-    usual, pattern = _block_sizes_of(sizes)
+    usual, pattern = as_pattern(sizes, "block sizes")
     inits = {layer.init for layer in layers.values()}
     init = inits.pop() if len(inits) == 1 else "zeros"
     return {
@@ -334,13 +352,16 @@ def _config_of(
     }
 
 
-def _block_sizes_of(sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """Return the default and the pattern that mean these block sizes to PEFT and here.
+def as_pattern(
+    numbers: Mapping[str, int], what: str, first: int | None = None
+) -> tuple[int, dict[str, int]]:
+    """Return the default and the pattern that mean these numbers to PEFT and here.
 
-    A name in the pattern is also a regular expression for the ends of longer names, so not every
-    choice of the default will do.
+    ``first`` is the default if it will do, otherwise the commonest number that will: a name in the
+    pattern is also a regular expression for the ends of longer names. Raises ValueError, which says
+    ``what`` they are, where none will.
     """
-    names, values = list(sizes), list(sizes.values())
+    names, values = list(numbers), list(numbers.values())
 
     def is_meant(usual: int, pattern: dict[str, int]) -> bool:
         keys = list(pattern)
@@ -348,27 +369,27 @@ def _block_sizes_of(sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
         newer, older = first_keys(keys, names), first_keys(keys, names, proper=True)
         return all(
             {
-                _size_of(pattern, name, here) or usual,
+                of_pattern(pattern, name, here) or usual,
                 pattern.get(here or name, usual),
                 pattern.get(there or name, usual),
             }
             == {size}
-            for (name, size), here, there in zip(sizes.items(), newer, older, strict=True)
+            for (name, size), here, there in zip(numbers.items(), newer, older, strict=True)
         )
 
-    for usual in sorted(set(values), key=lambda size: (-values.count(size), size)):
+    for usual in sorted(set(values), key=lambda size: (size != first, -values.count(size), size)):
         # in the order of the file, since the first key that matches counts
-        pattern = {name: size for name, size in sorted(sizes.items()) if size != usual}
+        pattern = {name: size for name, size in sorted(numbers.items()) if size != usual}
         if is_meant(usual, pattern):
             return usual, pattern
     raise ValueError(
-        "PEFT's configuration cannot tell these block sizes apart, as some names end in others: "
-        f"{dict(sizes)}"
+        f"PEFT's configuration cannot tell these {what} apart, as some names end in others: "
+        f"{dict(numbers)}"
     )
 
 
-def _size_of(pattern: Mapping[str, int], name: str, key: str | None) -> int | None:
-    """Return a layer's block size, given the first key that matches an end of its name."""
+def of_pattern(pattern: Mapping[str, _N], name: str, key: str | None) -> _N | None:
+    """Return a layer's number, given the first key that matches an end of its name."""
     return pattern.get(name, None if key is None else pattern[key])
 
 
@@ -453,7 +474,8 @@ def _sizes_of(config: Mapping[str, Any], source: str, names: list[str]) -> dict[
     with said_by(f"{source}: block_size_pattern"):
         keys = first_keys(list(pattern), names)
     sizes: dict[str, Any] = {
-        name: _size_of(pattern, name, key) or default for name, key in zip(names, keys, strict=True)
+        name: of_pattern(pattern, name, key) or default
+        for name, key in zip(names, keys, strict=True)
     }
     for name, size in sizes.items():
         if size is None:

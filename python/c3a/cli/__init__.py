@@ -1,4 +1,4 @@
-"""The command line: ``c3a info | finetune | merge | inspect``. Each command is a module here."""
+"""The command line. Each command is a module here."""
 
 import argparse
 import signal
@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from . import finetune, info, inspect, merge
+from . import convert, export_lora, finetune, info, inspect, merge
 from .failures import line_for
 
-_COMMANDS = (info, finetune, merge, inspect)
+_COMMANDS = (info, finetune, merge, inspect, export_lora, convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,20 +46,21 @@ def run(options: argparse.Namespace) -> None:
     for layer, kernel in found.items():
         _check_kernel(kernel, f"{options.adapter}: {layer}")
     rows, spectra = [], {}
-    for layer, kernel in sorted(found.items(), key=lambda item: _in_order(item[0])):
+    for layer, kernel in sorted(found.items(), key=lambda item: in_order(item[0])):
         m, n, b = kernel.shape
         sigma = singular_values(kernel) / (n * b)
         full_rank = rank(kernel)
         spectra[layer] = sigma[:full_rank]  # the others are rounding
         sizes = (str(n * b), str(m * b), str(b), f"{kernel.numel():,}")
         rows.append((layer, *sizes, f"{sigma.norm():.3g}", f"{full_rank}/{len(sigma)}"))
-    for line in table(rows, shutil.get_terminal_size().columns):
-        print(line)
+    header = ("layer", "in", "out", "block", "parameters", "norm", "rank")
+    print_table(header, rows)
+    print("norm and rank of the matrix that is added to the weight, scale 1 / in_features")
     draw_spectra(spectra, picture, suffix, options.adapter.resolve().name)
     print(f"singular spectra drawn to {picture}")
 
 
-def _in_order(name: str) -> list[tuple[bool, int, str]]:
+def in_order(name: str) -> list[tuple[bool, int, str]]:
     """Layer 10 comes after layer 9."""
     parts = [(part, part.isdecimal()) for part in name.split(".")]
     return [(not number, int(part) if number else 0, part) for part, number in parts]
@@ -71,9 +72,14 @@ def _check_kernel(kernel: Tensor, where: str) -> None:
         raise ValueError(f"{where}: expected a kernel of finite numbers, of moderate size")
 
 
-def table(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of layers, names shortened for the terminal; numbers follow the name."""
+    for line in _table(header, rows, shutil.get_terminal_size().columns):
+        print(line)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
     """Give the lines of a table, none longer than ``width`` if its numbers allow that."""
-    header = ("layer", "in", "out", "block", "parameters", "norm", "rank")
     columns = list(zip(header, *rows, strict=True))
     sizes = [max(map(len, column)) for column in columns[1:]]
     room = max(12, width - sum(sizes) - 2 * len(sizes))
@@ -85,7 +91,6 @@ def table(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
         yield "  ".join([name.ljust(first), *cells])
         if number == 0:
             yield "  ".join("-" * size for size in (first, *sizes))
-    yield "norm and rank of the matrix that is added to the weight, scale 1 / in_features"
 
 
 def shortened(names: Sequence[str], width: int) -> list[str]:
