@@ -5,9 +5,9 @@ beside them; what is below is frozen, so its results are computed once for all r
 weight decay, 6 % warm-up, then linear to zero. Every finished run is in the JSON file, from which
 the next call goes on; runs are in the order of seeds, so what is there is a whole smaller sweep.
 
-    python bench/sweep.py                                   # MiniLM, 384 wide
-    python bench/sweep.py --model minilm --model FOLDER     # and another encoder of transformers
-    python bench/sweep.py --draw                            # table and picture of what is there
+    python bench/rates.py                                   # MiniLM, 384 wide
+    python bench/rates.py --model minilm --model FOLDER     # and another encoder of transformers
+    python bench/rates.py --draw                            # table and picture of what is there
 """
 
 import argparse
@@ -30,7 +30,7 @@ import c3a
 from c3a.cli.data import rotten_tomatoes, split
 
 BLOCKS = (16, 48, 128, 384)
-RATES = (0.1, 0.3, 1.0, 3.0)
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 LORA_RANK, LORA_RATES = 8, (1e-3, 3e-3, 1e-2, 3e-2)
 HEAD_RATE = 5e-3
 TRAINED, VALIDATED = 768, 400  # sentences
@@ -223,8 +223,8 @@ def draw(results: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", help="minilm (the default) or a folder")
-    parser.add_argument("--json", type=Path, default=Path("bench/sweep.json"))
-    parser.add_argument("--plot", type=Path, default=Path("bench/sweep.png"))
+    parser.add_argument("--json", type=Path, default=Path("bench/rates.json"))
+    parser.add_argument("--plot", type=Path, default=Path("bench/rates.png"))
     parser.add_argument("--layers", type=int, default=1, help="how many of the last are adapted")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=16)
