@@ -83,7 +83,8 @@ def _on_the_site(app, path: Path, docname: str, text: list[str]) -> None:
         target = path.name + target if target.startswith("#") else target
         if target.endswith(".png"):
             return f"](../{target})"
-        return f"]({_PARTS.get(target, target)})"
+        place = _PARTS.get(target, target.removeprefix("docs/"))
+        return f"]({place})"
 
     text[0] = _LINK.sub(turned, text[0])
 

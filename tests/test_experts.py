@@ -98,3 +98,10 @@ def test_many_kinds_of_experts_are_counted_not_listed():
     said = re.escape("skips 5 parameters") + r".*w0 \(1, .*w2 \(1, .*\)\), and 2 more; "
     with pytest.warns(UserWarning, match=said):
         c3a.patch_model(Experts(), "all-linear", 4)
+
+
+@pytest.mark.parametrize("target", ["gate_up_proj", "mlp.experts.gate_up_proj"])
+def test_a_target_that_is_a_parameter_is_called_one(target):
+    said = rf"no module is named '{target}' \({target} is a parameter of shape \(4, 48, 16\)"
+    with pytest.raises(ValueError, match=said):
+        c3a.patch_model(mixtral(), ["q_proj", target], 4)

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .linear import C3ALinear
-from .names import block_size_from_pattern, matches, shown
+from .names import block_size_from_pattern, ends, matches, shown
 from .peft_config import PeftConfig, meaning_of
 from .sizes import auto_block_size, check_block_size, features, linear_features
 
@@ -705,8 +705,18 @@ def _resolve_targets(
         targets = _names("target_modules", kinds, targets)
         missing = [t for t in targets if not any(matches([t], name) for name in modules)]
         if missing:
+            shapes = {
+                end: tuple(parameter.shape)
+                for name, parameter in model.named_parameters()
+                for end in ends(name)
+                if end in missing and not is_lazy(parameter)
+            }
+            parameters = "".join(
+                f" ({end} is a parameter of shape {shape}: layers are adapted, no bare parameters)"
+                for end, shape in shapes.items()
+            )
             raise ValueError(
-                f"c3a.patch_model: no module is named {', '.join(map(repr, missing))}; "
+                f"c3a.patch_model: no module is named {', '.join(map(repr, missing))}{parameters}; "
                 + _available(model)
             )
         chosen = [name for name in modules if matches(targets, name)]
