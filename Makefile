@@ -32,7 +32,7 @@ CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda
 CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
 .PHONY: help finetune test levels fuzz sanitize emulated mutants emulated-torch torches lint \
-	format bench docs cuda gpu wheel wheel-twice wheels \
+	format bench rates docs cuda gpu wheel wheel-twice wheels \
 	wheels-check wheels-test aarch64 aarch64-test hub
 
 help:
@@ -53,6 +53,7 @@ help:
 	@echo "make wheel-twice     build it in two folders: are the bytes the same?"
 	@echo "make hub        lay the operators out for Hugging Face's kernels package, in build/hub; load it"
 	@echo "make bench      set up, then time layers, a model and the operator against peers (about half an hour)"
+	@echo "make rates      set up, then train MiniLM's last layer at many learning rates (bench/rates.py)"
 	@echo "make docs       set up, then build the documentation into build/docs"
 	@echo "make cuda       rebuild with the CUDA library and look at its machine code (needs nvcc 13)"
 	@echo "make gpu        on a machine with a GPU, nvcc 13 and a CUDA torch: everything, into a report"
@@ -285,6 +286,11 @@ bench: $(PY)
 	$(INSTALL) $(TORCH)
 	$(INSTALL) '.[bench]'
 	$(PY) bench/bench.py --plot bench --markdown build/bench.md --json build/bench.json
+
+rates: $(PY)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) '.[finetune]'
+	$(PY) bench/rates.py --json build/rates.json --plot build/rates.png
 
 # Every name and link within must resolve; nothing asks the network.
 docs: $(PY)

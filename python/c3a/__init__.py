@@ -6,6 +6,7 @@ and registers ``torch.ops.c3a.*`` with their Python rules.
 
 from . import _library  # loads the operators that the modules below give rules for
 from .adapter import load_adapter, save_adapter
+from .groups import param_groups
 from .linear import C3ALinear
 from .ops import (
     block_circ_conv,
@@ -35,6 +36,7 @@ __all__ = [
     "load_pretrained",
     "merge",
     "nearest_kernel",
+    "param_groups",
     "patch_model",
     "prepare",
     "save_adapter",

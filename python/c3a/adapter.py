@@ -33,11 +33,13 @@ from .adapter_files import (
 from .linear import C3ALinear
 from .names import ends, first_keys, fully_matched, layer_numbers, matches, shown
 from .patch import (
+    Chosen,
     Model,
     PatchPlan,
     adapted_layers,
     apply_patch,
     as_trained,
+    configured_task,
     modules_to_save,
     peft_layer,
     plan_patch,
@@ -68,7 +70,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
         model: a model that ``patch_model`` or ``C3ALinear`` has adapted. What accelerate has
             offloaded is read from where it is.
         folder: created if need be.
-        task_type: for the configuration, such as ``"SEQ_CLS"`` or ``"CAUSAL_LM"``.
+        task_type: for the configuration, such as ``"SEQ_CLS"`` or ``"CAUSAL_LM"``; by default what
+            the ``config`` of ``patch_model`` named.
 
     Returns:
         The folder.
@@ -141,7 +144,8 @@ def adapter_of(
                 tensors[f"{PREFIX}{key}"] = (
                     given.get(key, tensor).detach().cpu().contiguous().clone()
                 )
-    return tensors, _config_of(model, layers, saved, task_type), _facts_of(layers)
+    task = configured_task(model) if task_type is None else task_type
+    return tensors, _config_of(model, layers, saved, task), _facts_of(layers)
 
 
 def _facts_of(layers: Mapping[str, C3ALinear]) -> dict[str, LayerFacts]:
@@ -410,19 +414,6 @@ def _targets_of(model: nn.Module, adapted: frozenset[str]) -> list[str] | str:
 # From a configuration to a model
 
 
-class _Chosen:
-    """The test whether a module is among the chosen ones, with the words that chose them."""
-
-    def __init__(self, names: Collection[str], words: str) -> None:
-        self.names, self.words = names, words
-
-    def __call__(self, name: str, module: nn.Module) -> bool:
-        return name in self.names
-
-    def __repr__(self) -> str:
-        return self.words
-
-
 def _plan_of(model: nn.Module, adapter: Adapter) -> PatchPlan:
     config, source = adapter.config, adapter.config_source
     targets = config.get("target_modules")
@@ -433,7 +424,7 @@ def _plan_of(model: nn.Module, adapter: Adapter) -> PatchPlan:
     chosen = _chosen_of(config, source, names)
     if config.get("layers_to_transform") not in (None, []):
         words += f" in layers_to_transform {shown(config['layers_to_transform'])}"
-    meant = "all-linear" if targets == "all-linear" else _Chosen(chosen, words)
+    meant = "all-linear" if targets == "all-linear" else Chosen(chosen, words)
     # PEFT lists every usual name of a head; which of them there are, the tensors tell.
     there = {end for name in names for end in ends(name)}
     saved = [name for name in config.get("modules_to_save") or () if name in there]

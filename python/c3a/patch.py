@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .linear import C3ALinear
-from .names import block_size_from_pattern, matches, shown
+from .names import block_size_from_pattern, ends, matches, shown
+from .peft_config import PeftConfig, meaning_of
 from .sizes import auto_block_size, check_block_size, features, linear_features
 
 Targets = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -33,6 +35,7 @@ class _Record:
     trainable_before: frozenset[str]
     # The parameters and buffers of modules_to_save, by name: copies of what they were.
     originals: dict[str, Tensor]
+    task_type: str | None = None
     # While disabled, the trained ones.
     set_aside: dict[str, Tensor] = field(default_factory=dict)
 
@@ -71,6 +74,12 @@ def modules_to_save(model: nn.Module) -> tuple[str, ...]:
     return record.modules_to_save if record else ()
 
 
+def configured_task(model: nn.Module) -> str | None:
+    """Return the task that a configuration named when the model was patched."""
+    record = getattr(unwrapped(model), "_c3a_record", None)
+    return record.task_type if record else None
+
+
 def peft_layer(model: nn.Module) -> str | None:
     """Return the name of a layer that the PEFT library has put into a model."""
     has = (name for name, part in model.named_modules() if hasattr(part, "adapter_layer_names"))
@@ -79,9 +88,10 @@ def peft_layer(model: nn.Module) -> str | None:
 
 def patch_model(
     model: Model,
-    target_modules: Targets,
+    target_modules: Targets | PeftConfig | None = None,
     block_size: BlockSize | None = None,
     *,
+    config: PeftConfig | None = None,
     rank: int = 8,
     scale: float | None = None,
     init: str = "zeros",
@@ -100,6 +110,10 @@ def patch_model(
         block_size: one number; a mapping from name or regular expression for the end of a name to
             numbers; or ``"auto"``, the common divisor of both sizes nearest to
             ``sqrt(in * out) / rank``.
+        config: a ``peft.C3AConfig``, in the place of ``target_modules`` (where it may stand as
+            well), ``block_size``, ``rank``, ``init`` and ``modules_to_save``: the layers, sizes and
+            initial values that PEFT's ``get_peft_model`` gives. Its ``task_type`` is kept for
+            ``save_adapter``.
         rank: for ``"auto"``, the LoRA rank one would use.
         scale, init, dtype, pad: as for ``C3ALinear``.
         modules_to_save: names (whole or the end of one) of modules that stay trainable and are
@@ -111,9 +125,13 @@ def patch_model(
 
     Raises:
         ValueError: nothing matched, a size does not divide, the model is patched already or holds
-            the PEFT library's adapters; the message lists what there is. The model is then as it
-            was.
-        TypeError: a target is not a linear layer; an argument of another kind.
+            the PEFT library's adapters; a setting of ``config`` cannot be honoured; the message
+            lists what there is. The model is then as it was.
+        TypeError: a target is not a linear layer; an argument of another kind, or one that
+            ``config`` has too.
+
+    Warns of experts' matrices that ``"all-linear"`` skips: those that are kept as one parameter of
+    three dimensions, and not as linear layers.
 
     Warns of a head that ``from_pretrained`` of transformers (5 or newer) has made anew, as its
     checkpoint held none, and that is not in ``modules_to_save``: it would never be trained. A head
@@ -127,6 +145,29 @@ def patch_model(
     ['0.c3a_kernel', '1.weight', '1.bias']
     """
     inner = unwrapped(model)
+    if isinstance(target_modules, PeftConfig):
+        if config is not None:
+            raise TypeError("c3a.patch_model: expected one config, got two")
+        config, target_modules = target_modules, None
+    task = None
+    wanted = getattr(config, "target_modules", target_modules)
+    wants_all = isinstance(wanted, str) and wanted.lower() == "all-linear"
+    if config is not None:
+        given = {
+            "target_modules": target_modules is not None,
+            "block_size": block_size is not None,
+            "rank": rank != 8,
+            "init": init != "zeros",
+            "modules_to_save": modules_to_save != (),
+        }
+        if twice := [name for name, is_given in given.items() if is_given]:
+            raise TypeError(
+                f"c3a.patch_model: expected config alone to say {', '.join(given)}, got "
+                f"{', '.join(twice)} too"
+            )
+        _check_patchable(inner)
+        block_size, modules_to_save, init, task = meaning_of(config, inner)
+        target_modules = Chosen(block_size, f"{type(config).__name__}.target_modules")
     plan = plan_patch(
         inner,
         target_modules,
@@ -142,8 +183,29 @@ def patch_model(
             f"the adapter, pass modules_to_save={[*plan.modules_to_save, *new]}",
             stacklevel=2,
         )
-    apply_patch(inner, plan, scale=scale, init=init, dtype=dtype, pad=pad)
+    if wants_all and (skipped := _experts(inner, plan.modules_to_save)):
+        warnings.warn(
+            f"c3a.patch_model: 'all-linear' skips {sum(skipped.values())} parameters that "
+            f"hold a matrix for each expert and stay frozen: {_counted(skipped)}; name the layers "
+            "to adapt (target_modules) if that is meant; PEFT's LoRA adapts such parameters "
+            "(target_parameters), modules_to_save trains them whole",
+            stacklevel=2,
+        )
+    apply_patch(inner, plan, scale=scale, init=init, dtype=dtype, pad=pad, task_type=task)
     return model
+
+
+class Chosen:
+    """The test whether a module is among the chosen ones, with the words that chose them."""
+
+    def __init__(self, names: Collection[str], words: str) -> None:
+        self.names, self.words = names, words
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return name in self.names
+
+    def __repr__(self) -> str:
+        return self.words
 
 
 @dataclass
@@ -156,7 +218,7 @@ class PatchPlan:
 
 def plan_patch(
     model: nn.Module,
-    target_modules: Targets,
+    target_modules: Targets | None,
     block_size: BlockSize | None,
     *,
     rank: int = 8,
@@ -164,21 +226,7 @@ def plan_patch(
     pad: bool = False,
 ) -> PatchPlan:
     """Resolve the arguments of ``patch_model`` against a model, raising all that it raises."""
-    if features(model) is not None and not list(model.children()):
-        raise ValueError(
-            f"c3a.patch_model: the model is itself a layer, a {type(model).__name__}; wrap it with "
-            "c3a.C3ALinear(layer, block_size)"
-        )
-    if name := peft_layer(model):
-        raise ValueError(
-            f"c3a.patch_model: the model holds the PEFT library's adapters ({name} is one of its "
-            "layers): take them out with PEFT's model.unload() or model.merge_and_unload() first, "
-            "and patch the model that it returns"
-        )
-    if adapted_layers(model):
-        raise ValueError(
-            "c3a.patch_model: the model is patched already; call c3a.unpatch_model first"
-        )
+    _check_patchable(model)
     saved = _resolve_modules_to_save(model, modules_to_save)
     targets = _resolve_targets(model, target_modules, saved)
     given: object = rank
@@ -221,6 +269,24 @@ def plan_patch(
     return PatchPlan(sizes, saved)
 
 
+def _check_patchable(model: nn.Module) -> None:
+    if features(model) is not None and not list(model.children()):
+        raise ValueError(
+            f"c3a.patch_model: the model is itself a layer, a {type(model).__name__}; wrap it with "
+            "c3a.C3ALinear(layer, block_size)"
+        )
+    if name := peft_layer(model):
+        raise ValueError(
+            f"c3a.patch_model: the model holds the PEFT library's adapters ({name} is one of its "
+            "layers): take them out with PEFT's model.unload() or model.merge_and_unload() first, "
+            "and patch the model that it returns"
+        )
+    if adapted_layers(model):
+        raise ValueError(
+            "c3a.patch_model: the model is patched already; call c3a.unpatch_model first"
+        )
+
+
 def apply_patch(
     model: Model,
     plan: PatchPlan,
@@ -229,6 +295,7 @@ def apply_patch(
     init: str = "zeros",
     dtype: torch.dtype = torch.float32,
     pad: bool = False,
+    task_type: str | None = None,
 ) -> Model:
     """Carry out a plan: all layers are made before the first one is put in place."""
     from . import pretrained  # which saves adapters, for which it needs this module
@@ -252,7 +319,7 @@ def apply_patch(
         layer.c3a_kernel.requires_grad_(True)
     for name in plan.modules_to_save:
         model.get_submodule(name).requires_grad_(True)
-    model.__dict__["_c3a_record"] = _Record(plan.modules_to_save, trainable, originals)
+    model.__dict__["_c3a_record"] = _Record(plan.modules_to_save, trainable, originals, task_type)
     pretrained.take_over(model)
     return model
 
@@ -550,6 +617,33 @@ def _new_heads(model: nn.Module, saved: Iterable[str]) -> list[str]:
     return found
 
 
+def _experts(model: nn.Module, saved: Iterable[str]) -> dict[tuple[str, tuple[int, ...]], int]:
+    """Count the experts' matrices that a model keeps as parameters, by pattern of name and shape.
+
+    A parameter of three dimensions is one, ``(experts, out, in)`` or ``(experts, in, out)``, unless
+    it is a convolution's or the first of its dimensions is 1.
+    """
+    saved = tuple(saved)
+    found: dict[tuple[str, tuple[int, ...]], int] = {}
+    for name, module in model.named_modules():
+        within = any(name == outer or name.startswith(f"{outer}.") for outer in saved)
+        is_convolution = hasattr(module, "kernel_size") or isinstance(module, ParametrizationList)
+        if within or is_convolution:
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            shape = tuple(parameter.shape) if not is_lazy(parameter) else ()
+            if len(shape) == 3 and min(shape) > 1:
+                pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", f"{name}.{key}".strip("."))
+                found[pattern, shape] = found.get((pattern, shape), 0) + 1
+    return found
+
+
+def _counted(experts: Mapping[tuple[str, tuple[int, ...]], int]) -> str:
+    said = [f"{name} ({count}, of shape {shape})" for (name, shape), count in experts.items()]
+    more = [f"and {len(said) - _MOST_SAID} more"] if len(said) > _MOST_SAID else []
+    return ", ".join(said[:_MOST_SAID] + more)
+
+
 def _check_kind(block_size: object) -> None:
     if isinstance(block_size, Real | Mapping) or (
         isinstance(block_size, str) and block_size == "auto"
@@ -590,7 +684,7 @@ def _resolve_modules_to_save(model: nn.Module, names: Iterable[str]) -> tuple[st
 
 
 def _resolve_targets(
-    model: nn.Module, targets: Targets, saved: tuple[str, ...]
+    model: nn.Module, targets: Targets | None, saved: tuple[str, ...]
 ) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if name}
     kinds = "a list of names, a regular expression, a predicate or 'all-linear'"
@@ -607,20 +701,22 @@ def _resolve_targets(
         chosen = [name for name in modules if matches(targets, name)]
     elif callable(targets):
         chosen = [name for name, module in modules.items() if _says_yes(targets, name, module)]
-    elif hasattr(targets, "peft_type"):
-        raise TypeError(
-            f"c3a.patch_model: expected target_modules to be {kinds}, got a "
-            f"{type(targets).__name__} of the PEFT library; pass what it holds: "
-            "target_modules=config.target_modules, "
-            f"block_size={getattr(targets, 'block_size', 'auto')!r}, "
-            "modules_to_save=config.modules_to_save or ()"
-        )
     else:
         targets = _names("target_modules", kinds, targets)
         missing = [t for t in targets if not any(matches([t], name) for name in modules)]
         if missing:
+            shapes = {
+                end: tuple(parameter.shape)
+                for name, parameter in model.named_parameters()
+                for end in ends(name)
+                if end in missing and not is_lazy(parameter)
+            }
+            parameters = "".join(
+                f" ({end} is a parameter of shape {shape}: layers are adapted, no bare parameters)"
+                for end, shape in shapes.items()
+            )
             raise ValueError(
-                f"c3a.patch_model: no module is named {', '.join(map(repr, missing))}; "
+                f"c3a.patch_model: no module is named {', '.join(map(repr, missing))}{parameters}; "
                 + _available(model)
             )
         chosen = [name for name in modules if matches(targets, name)]

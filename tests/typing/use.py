@@ -1,7 +1,9 @@
 """The README's use, as a type checker sees it: ``make lint`` runs mypy on this, nothing runs it."""
 
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
@@ -12,6 +14,10 @@ model = nn.Sequential(nn.Linear(768, 768), nn.GELU(), nn.Linear(768, 2))
 patched = c3a.patch_model(model, ["0"], block_size=128, modules_to_save=["2"])
 assert_type(patched, nn.Sequential)
 c3a.patch_model(model, "all-linear", "auto", rank=16)
+config = peft.C3AConfig(target_modules=["0"])
+assert_type(c3a.patch_model(model, config), nn.Sequential)
+assert_type(c3a.patch_model(model, config=config), nn.Sequential)
+assert_type(c3a.param_groups(model, 0.3, head_lr=1e-3), list[dict[str, Any]])
 c3a.patch_model(model, lambda name, module: name == "0", {"0": 128})
 assert_type(c3a.summary(model).trainable, int)
 
