@@ -4,8 +4,11 @@
 and registers ``torch.ops.c3a.*`` with their Python rules.
 """
 
+from typing import TYPE_CHECKING
+
 from . import _library  # loads the operators that the modules below give rules for
 from .adapter import load_adapter, save_adapter
+from .distributed import fully_shard
 from .linear import C3ALinear
 from .ops import (
     block_circ_conv,
@@ -20,10 +23,15 @@ from .pretrained import load_pretrained
 from .reference import circulant
 from .summary import summary
 
+if TYPE_CHECKING:
+    from .parallel import ColwiseParallel, RowwiseParallel
+
 __version__ = _library.fact("version")
 
 __all__ = [
     "C3ALinear",
+    "ColwiseParallel",
+    "RowwiseParallel",
     "block_circ_conv",
     "block_circ_conv_add",
     "block_circ_conv_linear",
@@ -31,6 +39,7 @@ __all__ = [
     "block_circ_conv_prepared_add",
     "circulant",
     "disabled",
+    "fully_shard",
     "load_adapter",
     "load_pretrained",
     "merge",
@@ -41,3 +50,12 @@ __all__ = [
     "unmerge",
     "unpatch_model",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import what is in ``parallel`` when it is asked for: its base classes are slow to import."""
+    if name in ("ColwiseParallel", "RowwiseParallel"):
+        from . import parallel
+
+        return getattr(parallel, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
