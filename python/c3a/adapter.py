@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .adapter_files import (
     CONFIG,
     PREFIX,
@@ -74,7 +75,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
             the ``config`` of ``patch_model`` named.
 
     Returns:
-        The folder.
+        The folder. Of a sharded model every process calls this; the first one writes.
 
     Raises:
         ValueError: the model has no adapted layer, layers that are wrapped twice, PEFT's adapters,
@@ -89,6 +90,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     ['adapter_config.json', 'adapter_model.safetensors']
     """
     model, folder = unwrapped(model), Path(folder)
+    distributed.reshard(model)
     with said_by("c3a.save_adapter"), as_trained(model):
         tensors, config, facts = adapter_of(model, task_type)
     _warn_of_what_is_left_out(model, tensors)
@@ -97,7 +99,10 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
         "library cannot",
         adapted_layers(model),
     )
-    write(folder, tensors, config, facts)
+    if distributed.is_sharded(model):
+        distributed.by_one_process(lambda: write(folder, tensors, config, facts))
+    else:
+        write(folder, tensors, config, facts)
     return folder
 
 
@@ -128,7 +133,7 @@ def adapter_of(
     if nested:
         raise ValueError(f"the format holds one adapter a layer; {nested[0]} has several")
     saved = modules_to_save(model)
-    given = {key: t for key, t in (state or {}).items() if _has_values(t)}
+    given = {key: distributed.whole(t) for key, t in (state or {}).items() if _has_values(t)}
     # Copies: safetensors takes no memory that two tensors share.
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -141,9 +146,8 @@ def adapter_of(
         with _onloaded(name, module, module.modules(), lambda part: _state(part).values()):
             for key, tensor in _state(module).items():
                 key = f"{name}.{key}"
-                tensors[f"{PREFIX}{key}"] = (
-                    given.get(key, tensor).detach().cpu().contiguous().clone()
-                )
+                value = distributed.whole(given.get(key, tensor)).detach()
+                tensors[f"{PREFIX}{key}"] = value.cpu().contiguous().clone()
     task = configured_task(model) if task_type is None else task_type
     return tensors, _config_of(model, layers, saved, task), _facts_of(layers)
 
@@ -167,7 +171,7 @@ def _facts_of(layers: Mapping[str, C3ALinear]) -> dict[str, LayerFacts]:
 def kernel_of(name: str, layer: C3ALinear) -> Tensor:
     """Return a layer's kernel, from where accelerate has put it if it is offloaded."""
     with _onloaded(name, layer, [layer], lambda layer: [layer.c3a_kernel]):
-        return layer.c3a_kernel.detach()
+        return distributed.whole(layer.c3a_kernel.detach())
 
 
 def load_adapter(model: Model, folder: str | Path) -> Model:
@@ -222,14 +226,18 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
         apply_patch(inner, plan, dtype=reduce(torch.promote_types, dtypes), pad=True)
         layers = adapted_layers(inner)
     odd = []
+    distributed.reshard(inner)
     with torch.no_grad(), as_trained(inner):
         for name, layer in layers.items():
-            layer.c3a_kernel.copy_(_from_stored(adapter.tensors.pop(kernel_key(name)), layer))
-            if not layer.c3a_kernel.isfinite().all():
+            kernel = _from_stored(adapter.tensors.pop(kernel_key(name)), layer)
+            kernel = kernel.to(layer.c3a_kernel.dtype)
+            layer.c3a_kernel.copy_(distributed.placed_as(kernel, layer.c3a_kernel))
+            if not kernel.isfinite().all():
                 odd.append(name)
         state = inner.state_dict(keep_vars=True)
         for key, tensor in adapter.tensors.items():
-            state[key.removeprefix(PREFIX)].copy_(tensor)
+            trained = state[key.removeprefix(PREFIX)]
+            trained.copy_(distributed.placed_as(tensor, trained))
     if odd:
         warnings.warn(
             f"c3a.load_adapter: {adapter.weights_path} has kernels that are not finite: "

@@ -5,16 +5,11 @@ real one 2.
 """
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
-from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 from ._private import Overload
-
-_COUNTER = "torch.utils.flop_counter"
+from .imports import on_import
 
 Shape = Sequence[int]
 Kernel = tuple[int, int, int]  # m, n, and b or what a prepared block takes
@@ -92,56 +87,17 @@ def prepared_add(
     return prepared(x_shape, w_hat_shape, b) + math.prod(base_shape)
 
 
-# Importing the counter takes longer than importing this package, for it imports triton; but when a
-# counter is made, it takes the formulas that there are. They are registered as it is imported.
+# When a counter is made, it takes the formulas that there are: they are registered as the counters'
+# module is imported, which takes longer than importing this package, for it imports triton.
 
 Formulas = Mapping[Overload, Callable[..., int]]
 
 
 def register(formulas: Formulas) -> None:
-    """Give torch's counter the formulas: now if it is imported, and whenever it will be."""
-    sys.meta_path.insert(0, _Finder(formulas))
-    if _COUNTER in sys.modules:
-        _give(formulas, import_module(_COUNTER))  # waits for another thread that imports it
+    """Give torch's counter the formulas."""
 
+    def give(counter: ModuleType) -> None:
+        for op, formula in formulas.items():
+            counter.register_flop_formula(op.overloadpacket)(formula)
 
-def _give(formulas: Formulas, counter: ModuleType) -> None:
-    for op, formula in formulas.items():
-        counter.register_flop_formula(op.overloadpacket)(formula)
-
-
-class _Finder:
-    """Finds the counter as the finders after this one do, with a loader that registers."""
-
-    def __init__(self, formulas: Formulas) -> None:
-        self._formulas = formulas
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
-            spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self._formulas)  # type: ignore[assignment]
-                return spec
-        return None
-
-
-class _Loader:
-    """Another loader, which the module has afterwards, then the formulas."""
-
-    def __init__(self, loader: Any, formulas: Formulas) -> None:
-        self._loader, self._formulas = loader, formulas
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        spec = module.__spec__
-        assert spec is not None
-        module.__loader__ = spec.loader = self._loader
-        self._loader.exec_module(module)
-        _give(self._formulas, module)
+    on_import("torch.utils.flop_counter", give)

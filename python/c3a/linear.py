@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from . import _private, autograd
+from . import _private, autograd, distributed
 from .ops import (
     block_circ_conv,
     block_circ_conv_add,
@@ -275,8 +275,12 @@ class C3ALinear(nn.Module):
         On other devices this call is needed, before decoding token by token for instance. The
         prepared kernel is dropped by ``train()``, ``load_state_dict``, moving or converting the
         layer, and by writes to the kernel that autograd counts; writes around the count (``.data``,
-        FSDP's, another process's) are not seen there: call this again after them.
+        another process's) are not seen there: call this again after them. A kernel that is sharded
+        is written where nothing counts, so none is prepared for it here.
         """
+        if distributed.is_sharded(self):
+            self._prepared.drop()
+            return
         weight = getattr(self.base_layer, "weight", None)
         dtype = weight.dtype if isinstance(weight, Tensor) else self.c3a_kernel.dtype
         if dtype not in SUPPORTED_DTYPES:  # quantised
@@ -328,6 +332,7 @@ class C3ALinear(nn.Module):
         return self._delta(self.c3a_kernel)
 
     def _delta(self, kernel: Tensor) -> Tensor:
+        kernel = distributed.whole(kernel)
         kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
         return circulant(kernel)[: self.out_features, : self.in_features] * self.scale
 
@@ -337,7 +342,7 @@ class C3ALinear(nn.Module):
         The sum is computed in float32 at least and rounded once.
         """
         delta = self._delta(kernel).to(weight.device)
-        delta = delta.T if self._is_conv1d else delta
+        delta = distributed.placed_as(delta.T if self._is_conv1d else delta, weight)
         total = delta.to(torch.promote_types(delta.dtype, weight.dtype)).add_(weight)
         return torch.empty_like(weight).copy_(total)
 
@@ -413,11 +418,14 @@ class C3ALinear(nn.Module):
         if self.merged:
             return
         self.check_mergeable()
+        distributed.reshard(self)
         base: Any = self.base_layer
         original: Tensor = base.weight
         merged = self.add_delta(original, self.c3a_kernel)
-        if safe and (spoilt := int((~merged.isfinite() & original.isfinite()).sum())):
-            kernel = "is finite" if self.c3a_kernel.isfinite().all() else "is not finite itself"
+        spoilt = (~merged.isfinite() & original.isfinite()).sum() if safe else 0
+        if spoilt := int(distributed.whole(spoilt)):
+            finite = distributed.whole(self.c3a_kernel.isfinite().all())
+            kernel = "is finite" if finite else "is not finite itself"
             raise ValueError(
                 f"c3a: merging would make {spoilt} of {merged.numel()} numbers of the weight "
                 f"infinite or NaN in {merged.dtype} (the kernel {kernel}); pass safe=False to "
@@ -464,10 +472,18 @@ class C3ALinear(nn.Module):
         return (
             weight.dtype.is_floating_point
             and tuple(weight.shape) == self._weight_shape
-            and not hasattr(type(weight), "__tensor_flatten__")
+            and (distributed.is_dtensor(weight) or not hasattr(type(weight), "__tensor_flatten__"))
         )
 
+    @torch.no_grad()
     def _swap_weights(self) -> None:
+        distributed.reshard(self)
+        weight: Any = self.base_layer.weight
+        if distributed.is_dtensor(weight):  # FSDP keeps to its parameter: the values are exchanged
+            shown = weight.clone()
+            weight.copy_(self._set_aside[0])
+            self._set_aside[0].copy_(shown)
+            return
         self.base_layer.weight, self._set_aside[0] = self._set_aside[0], self.base_layer.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":

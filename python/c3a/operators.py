@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _private, autograd, flops, shapes, vmap
+from . import _private, autograd, flops, shapes, sharding, vmap
 from ._library import NAMESPACE
 from ._library import OPS as _OPS
 from ._private import DispatchKeySet, Overload
@@ -28,6 +28,7 @@ class Operator:
     autograd: Rule  # autograd.py: the kernel of the Autograd key
     vmap: Rule  # vmap.py
     flops: Callable[..., int]  # flops.py
+    sharding: sharding.Rule  # sharding.py: for DTensors
     # Of those whose result follows autocast's dtype; the others keep the dtypes they are given.
     autocast: Callable[[Overload, str], Rule] | None = None
 
@@ -64,6 +65,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.product_rule(autograd.FORWARD, "BlockCircConv"),
             vmap=over_forward,
             flops=flops.forward,
+            sharding=sharding.FORWARD,
             autocast=_result_in_autocasts_dtype,
         ),
         Operator(
@@ -72,6 +74,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.sum_rule(add, autograd.FORWARD, "BlockCircConvAdd"),
             vmap=over_sum,
             flops=flops.add,
+            sharding=sharding.ADD,
         ),
         Operator(
             op=add_,
@@ -79,6 +82,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.in_place_rule(add_, add),
             vmap=vmap.in_place("block_circ_conv_add_", over_sum),
             flops=flops.add,
+            sharding=sharding.ADD_,
         ),
         Operator(
             op=linear,
@@ -86,6 +90,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.linear_rule(linear),
             vmap=vmap.decomposed(autograd.linear_as_a_sum),
             flops=flops.linear,
+            sharding=sharding.LINEAR,
             autocast=_linear_in_autocasts_dtype,
         ),
         Operator(
@@ -94,6 +99,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.product_rule(autograd.INPUT_GRAD, "BlockCircConvInputGrad"),
             vmap=over_input_grad,
             flops=flops.input_grad,
+            sharding=sharding.INPUT_GRAD,
         ),
         Operator(
             op=kernel_grad,
@@ -101,6 +107,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.product_rule(autograd.KERNEL_GRAD, "BlockCircConvKernelGrad"),
             vmap=over_kernel_grad,
             flops=flops.kernel_grad,
+            sharding=sharding.KERNEL_GRAD,
         ),
         Operator(
             op=backward,
@@ -108,6 +115,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.pair_rule(backward),
             vmap=over_pair,
             flops=flops.backward,
+            sharding=sharding.BACKWARD,
         ),
         Operator(
             op=backward_add_,
@@ -115,6 +123,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.pair_in_place_rule(backward_add_),
             vmap=vmap.pair_in_place("block_circ_conv_backward_add_", over_pair),
             flops=flops.backward_add_,
+            sharding=sharding.backward_add_,
         ),
         Operator(
             op=prepare,
@@ -122,6 +131,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.prepare_rule(prepare),
             vmap=vmap.stacked(prepare),
             flops=flops.prepare,
+            sharding=sharding.prepare,
         ),
         Operator(
             op=prepared,
@@ -129,6 +139,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.product_rule(autograd.PREPARED, "BlockCircConvPrepared"),
             vmap=over_prepared,
             flops=flops.prepared,
+            sharding=sharding.PREPARED,
             autocast=_result_in_autocasts_dtype,
         ),
         Operator(
@@ -137,6 +148,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.sum_rule(prepared_add, autograd.PREPARED, "BlockCircConvPreparedAdd"),
             vmap=over_prepared_sum,
             flops=flops.prepared_add,
+            sharding=sharding.PREPARED_ADD,
         ),
         Operator(
             op=prepared_add_,
@@ -144,6 +156,7 @@ def _records() -> tuple[Operator, ...]:
             autograd=autograd.in_place_rule(prepared_add_, prepared_add),
             vmap=vmap.in_place("block_circ_conv_prepared_add_", over_prepared_sum),
             flops=flops.prepared_add,
+            sharding=sharding.PREPARED_ADD_,
         ),
     )
 
@@ -258,3 +271,4 @@ OPERATORS = _records()
 for _operator in OPERATORS:
     _register(_operator)
 flops.register({operator.op: operator.flops for operator in OPERATORS})
+sharding.register({operator.op: operator.sharding for operator in OPERATORS}, _LIBRARY)

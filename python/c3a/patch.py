@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from . import distributed
 from .linear import C3ALinear
 from .names import block_size_from_pattern, ends, matches, shown
 from .peft_config import PeftConfig, meaning_of
@@ -280,6 +281,11 @@ def _check_patchable(model: nn.Module) -> None:
             f"c3a.patch_model: the model holds the PEFT library's adapters ({name} is one of its "
             "layers): take them out with PEFT's model.unload() or model.merge_and_unload() first, "
             "and patch the model that it returns"
+        )
+    if distributed.is_sharded(model):
+        raise ValueError(
+            "c3a.patch_model: the model is sharded over processes, and a kernel would not be: patch "
+            "it, or load its adapter, before it is sharded"
         )
     if adapted_layers(model):
         raise ValueError(
@@ -560,8 +566,15 @@ def _replace_children(model: nn.Module, replacements: Mapping[int, nn.Module]) -
 
 def _merge_all(model: nn.Module, safe: bool) -> None:
     done = []
+    distributed.reshard(model)
+    weights = [id(t) for t in _tensors(model).values()] if distributed.is_sharded(model) else []
     try:
         for name, layer in adapted_layers(model).items():
+            if weights.count(id(layer.base_layer.weight)) > 1:
+                raise ValueError(
+                    f"c3a: {name}: cannot merge: others share its weight, and in a sharded model "
+                    "it is written in place; merge before the model is sharded"
+                )
             if not layer.merged:
                 try:
                     layer.merge(safe=safe)

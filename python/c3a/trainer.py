@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter import save_adapter
 from .adapter_files import WEIGHTS
+from .distributed import is_sharded
 from .patch import adapted_layers
 from .sizes import is_count
 
@@ -97,18 +98,18 @@ class AdapterCallback(TrainerCallback):
     def on_train_end(
         self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero or is_sharded(model):
             save_adapter(model, self._folder(args) / "adapter", task_type=self.task_type)
 
     def _folder(self, args: Any) -> Path:
         return Path(args.output_dir) if self.folder is None else self.folder
 
     def _save_step(self, args: Any, state: "TrainerState", model: Any) -> None:
-        if not state.is_world_process_zero:
+        if not (state.is_world_process_zero or is_sharded(model)):
             return
         folder = self._folder(args)
         save_adapter(model, folder / f"adapter-{state.global_step}", task_type=self.task_type)
-        if self.keep:
+        if self.keep and state.is_world_process_zero:
             # by time: a run that was resumed may meet later steps of the one before it
             saved = [path for path in folder.iterdir() if re.fullmatch(r"adapter-\d+", path.name)]
             saved.sort(key=lambda path: (path / WEIGHTS).stat().st_mtime_ns)
