@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from c3a._library import cpu_library
 from tiny_model import write_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -75,7 +77,9 @@ def test_the_denoiser_learns_another_drawing(capsys):
     assert "attentions.1.to_out.0" in capsys.readouterr().out
 
 
-def test_the_cpp_program_calls_the_operator_without_python(tmp_path):
+@pytest.fixture(scope="module")
+def cpp_programs(tmp_path_factory):
+    """Build the C++ examples, and return their folder."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     tools = {tool: shutil.which(tool, path=path) for tool in ("cmake", "c++")}
     if None in tools.values():
@@ -84,15 +88,57 @@ def test_the_cpp_program_calls_the_operator_without_python(tmp_path):
         pytest.skip("this torch has no headers and libraries for CMake")
     if torch.version.cuda and not shutil.which("nvcc", path=path):
         pytest.skip("the CMake files of a CUDA torch ask for CUDA's toolkit")
-    from c3a._library import _libraries
-
-    where = ["-S", EXAMPLES / "cpp", "-B", tmp_path]
+    folder = tmp_path_factory.mktemp("cpp")
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for command in (
-        [tools["cmake"], *where, prefix],
-        [tools["cmake"], "--build", tmp_path],
-        [tmp_path / "block_circ_conv", _libraries("libc3a_cpu.so")[0]],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "y has shape [10, 192]" in done.stdout
+    output_of(tools["cmake"], "-S", EXAMPLES / "cpp", "-B", folder, prefix)
+    output_of(tools["cmake"], "--build", folder)
+    return folder
+
+
+def output_of(*command) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_cpp_program_calls_the_operator_without_python(cpp_programs):
+    assert "y has shape [10, 192]" in output_of(cpp_programs / "block_circ_conv", cpu_library())
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """Return a package of AOTInductor's, and what the model in it gives for ones."""
+    if not shutil.which("c++"):
+        pytest.skip("needs c++")
+    path = tmp_path_factory.mktemp("package") / "model.pt2"
+    return path, output_of(sys.executable, EXAMPLES / "cpp" / "package.py", path)
+
+
+def test_the_cpp_program_serves_a_package_without_python(cpp_programs, package):
+    path, expected = package
+    assert output_of(cpp_programs / "serve", cpu_library(), path) == expected
+
+
+SERVE = """
+model = torch._inductor.aoti_load_package({path!r})
+for size in (1, 5):
+    y = model(torch.ones(size, 64))
+    print(list(y.shape), *(f"{{y[-1, feature]:.4f}}" for feature in (0, 1, 31)))
+"""
+
+
+@pytest.mark.parametrize("by", ["import c3a", "torch.ops.load_library({library!r})"])
+def test_a_package_runs_in_a_fresh_process_of_python(by, package):
+    path, expected = package
+    load = by.format(library=str(cpu_library()))
+    code = f"import torch\n{load}{SERVE.format(path=str(path))}"
+    assert output_of(sys.executable, "-c", code) == expected
+
+
+def test_torch_says_that_the_operators_are_missing_as_the_documentation_has_it(package):
+    code = f"import torch{SERVE.format(path=str(package[0]))}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    page = (EXAMPLES.parent / "docs" / "troubleshooting.md").read_text()
+    (words,) = re.findall(r"^### `(Could not find schema for .*?)`", page, re.MULTILINE)
+    assert done.returncode == 1
+    assert words in done.stderr
