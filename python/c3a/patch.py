@@ -88,6 +88,7 @@ def patch_model(
     dtype: torch.dtype = torch.float32,
     modules_to_save: Iterable[str] = (),
     pad: bool = False,
+    dropout: float = 0.0,
 ) -> Model:
     """Wrap the chosen layers of a model in ``C3ALinear``, in place, and freeze the rest.
 
@@ -101,7 +102,7 @@ def patch_model(
             numbers; or ``"auto"``, the common divisor of both sizes nearest to
             ``sqrt(in * out) / rank``.
         rank: for ``"auto"``, the LoRA rank one would use.
-        scale, init, dtype, pad: as for ``C3ALinear``.
+        scale, init, dtype, pad, dropout: as for ``C3ALinear``.
         modules_to_save: names (whole or the end of one) of modules that stay trainable and are
             saved with the adapter, such as a new classifier. A copy of what they hold now is kept,
             for ``disabled`` and ``unpatch_model``: their memory once more.
@@ -142,7 +143,7 @@ def patch_model(
             f"the adapter, pass modules_to_save={[*plan.modules_to_save, *new]}",
             stacklevel=2,
         )
-    apply_patch(inner, plan, scale=scale, init=init, dtype=dtype, pad=pad)
+    apply_patch(inner, plan, scale=scale, init=init, dtype=dtype, pad=pad, dropout=dropout)
     return model
 
 
@@ -229,6 +230,7 @@ def apply_patch(
     init: str = "zeros",
     dtype: torch.dtype = torch.float32,
     pad: bool = False,
+    dropout: float = 0.0,
 ) -> Model:
     """Carry out a plan: all layers are made before the first one is put in place."""
     from . import pretrained  # which saves adapters, for which it needs this module
@@ -240,7 +242,7 @@ def apply_patch(
         for name, block_size in plan.block_sizes.items():
             base = model.get_submodule(name)
             wrapped[id(base)] = C3ALinear(
-                base, block_size, scale=scale, init=init, dtype=dtype, pad=pad
+                base, block_size, scale=scale, init=init, dtype=dtype, pad=pad, dropout=dropout
             )
     except Exception:
         _restore_requires_grad(model, trainable)
