@@ -3,7 +3,6 @@
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +38,7 @@ def forward(
     shares: Sequence[Share],
     dropout: float = 0.0,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Return ``base(x, *args, **kwargs)`` plus every share of ``x``, in the base's dtype.
 
@@ -64,7 +63,7 @@ def forward(
             return y
         shares = shares[1:]
     else:
-        y = base(x, *args, **kwargs)
+        y = base(x, *args, **(kwargs or {}))
         if shares and _private.is_plain(y, x) and x.requires_grad and torch.is_grad_enabled():
             _look_for_a_cut_graph(base, x, y)
     if dropout:
@@ -97,13 +96,13 @@ def forward_by_row(
     shares: Mapping[str, Share],
     names: Sequence[str],
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Return ``base(x, *args, **kwargs)`` plus, for each row of ``x``, the share of its name.
 
     Rows whose name has no share get the base alone. A call for each name that occurs.
     """
-    y: Tensor = base(x, *args, **kwargs)
+    y: Tensor = base(x, *args, **(kwargs or {}))
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         if name in shares:

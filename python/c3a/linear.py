@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from . import _private, adapted, merging
 from .prepared import PreparedKernel
-from .reference import circulant
 from .shapes import SUPPORTED_DTYPES
 from .sizes import check_block_size, features, kernel_shape
 from .weight import AdaptedWeight, read
@@ -244,8 +243,7 @@ class C3ALinear(nn.Module):
         return self._delta(self.c3a_kernel)
 
     def _delta(self, kernel: Tensor) -> Tensor:
-        kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
-        return circulant(kernel)[: self.out_features, : self.in_features] * self.scale
+        return merging.delta(kernel, self.scale)[: self.out_features, : self.in_features]
 
     def add_delta(self, weight: Tensor, kernel: Tensor) -> Tensor:
         """Return a base weight plus what a kernel stands for, in the weight's dtype and layout.

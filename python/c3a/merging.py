@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .quantised import scheme_of
+from .reference import circulant
 from .shapes import SUPPORTED_DTYPES
 from .sizes import is_transposed, linear_features
 
@@ -55,29 +56,43 @@ def check(base: nn.Module, *kernels: Tensor) -> None:
         )
 
 
+def delta(kernel: Tensor, scale: float) -> Tensor:
+    """Return ``scale * circulant(kernel)``, ``(out, in)``, in float32 at least."""
+    return circulant(kernel.to(torch.promote_types(kernel.dtype, torch.float32))) * scale
+
+
+def laid_out(base: nn.Module, matrix: Tensor) -> Tensor:
+    """Return a matrix ``(out, in)`` in the layout of a layer's dense weight."""
+    return matrix.T if is_transposed(base) else matrix
+
+
 def dense_sum(base: nn.Module, weight: Tensor, delta: Tensor) -> Tensor:
     """Return a dense weight plus a matrix ``(out, in)``, in the weight's dtype and layout.
 
     The sum is computed in float32 at least and rounded once.
     """
-    delta = delta.to(weight.device)
-    delta = delta.T if is_transposed(base) else delta
+    delta = laid_out(base, delta.to(weight.device))
     total = delta.to(torch.promote_types(delta.dtype, weight.dtype)).add_(weight)
     return torch.empty_like(weight).copy_(total)
 
 
 @torch.no_grad()
 def merged(
-    base: nn.Module, delta: Tensor, complaint: Callable[[Tensor, Tensor], str | None]
+    base: nn.Module,
+    delta: Tensor,
+    complaint: Callable[[Tensor, Tensor], str | None],
+    weight: nn.Parameter | None = None,
 ) -> nn.Parameter:
     """Return a base layer's weight plus a matrix ``(out, in)``, of a layer that passed ``check``.
+
+    ``weight`` takes the place of the weight that the layer has now.
 
     ``complaint`` is given the sum and the weight as it was, both dense, and returns why it may not
     be, which is raised as ValueError, or None. A quantised weight is dequantised, and the sum
     quantised in the same way; a warning says what that loses.
     """
-    layer: Any = base
-    weight: nn.Parameter = layer.weight
+    if weight is None:
+        weight = cast(nn.Parameter, base.weight)
     scheme = scheme_of(weight)
     was: Tensor = scheme.dequantise(base, weight) if scheme else weight
     total = was + delta.to(was.device, was.dtype) if scheme else dense_sum(base, was, delta)
