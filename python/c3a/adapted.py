@@ -28,7 +28,7 @@ class Share(NamedTuple):
 
     kernel: Tensor
     scale: float
-    prepared: PreparedKernel  # where its prepared kernel is held
+    prepared: PreparedKernel | None  # where its prepared kernel is held
     pad: tuple[int, int] = (0, 0)  # zeros that the input is given, numbers that the output loses
 
 
@@ -170,11 +170,11 @@ def _traced_linear(
 
 
 def _prepared(
-    kernel: Tensor, scale: float, held: PreparedKernel, x: Tensor, of_y: torch.dtype
+    kernel: Tensor, scale: float, held: PreparedKernel | None, x: Tensor, of_y: torch.dtype
 ) -> _Prepared | None:
     """Return ``(w_hat, block_size, w_hat_transposed)`` for a plain call, or None."""
     grad = torch.is_grad_enabled()
-    if grad and kernel.requires_grad:
+    if held is None or (grad and kernel.requires_grad):
         return None
     found = held.get(kernel, scale, (x.dtype, of_y), transposed=grad and x.requires_grad)
     return found and (found[0], kernel.shape[-1], found[1])

@@ -84,10 +84,11 @@ class AcceleratedC3ALinear(_layer.C3ALinear):
         return adapted.forward_by_row(self.base_layer, x, shares, names, args, kwargs)
 
     def _share(self, name: str) -> adapted.Share:
-        held = self.__dict__.setdefault("_c3a_prepared", {})
-        if name not in held:
-            held[name] = PreparedKernel()
-        return adapted.Share(self.c3a_kernel[name], 1 / self.in_features, held[name])
+        prepared = None
+        if not torch.compiler.is_compiling():  # compiled code prepares nothing
+            held = self.__dict__.setdefault("_c3a_prepared", {})
+            prepared = held.get(name) or held.setdefault(name, PreparedKernel())
+        return adapted.Share(self.c3a_kernel[name], 1 / self.in_features, prepared)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         with _seen_as_linear(self):
