@@ -2,9 +2,12 @@
 
 import copy
 import io
+import re
 import sys
 import threading
 import time
+import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -362,7 +365,7 @@ def by_torchao_in_four_bits(linear):
 def test_a_base_that_cuts_the_graph_is_said_once(make, device, monkeypatch):
     if device.type != "cpu":
         pytest.skip("integer products are the CPU's")
-    monkeypatch.setattr(c3a.linear, "_CUTTING_BASES", set())
+    monkeypatch.setattr(c3a.adapted, "_CUTTING", set())
     layers = [c3a.C3ALinear(make(nn.Linear(32, 8)), 4) for _ in range(2)]
     x = torch.randn(3, 32)
     layers[0](x)  # no gradient is wanted for the input: nothing is lost
@@ -375,7 +378,8 @@ def test_a_base_that_cuts_the_graph_is_said_once(make, device, monkeypatch):
         layers[0](x)
     layers[0](x)
     layers[1](x)
-    monkeypatch.setattr(c3a.linear, "_CUTTING_BASES", set())
+    monkeypatch.setattr(c3a.adapted, "_CUTTING", set())
+    monkeypatch.setattr(c3a.adapted, "_LOOKED_AT", weakref.WeakSet())
     layer = c3a.C3ALinear(nn.Linear(32, 8), 4)
     layer(x)
     layer.base_layer = base
@@ -596,13 +600,69 @@ def test_merging_a_model_names_the_layer_that_would_not_be_finite():
     assert model[1].merged
 
 
-def test_merging_into_a_weight_that_stands_for_another_is_refused():
+def quantised_by_torchao(config, base_dtype=torch.float32, **options):
     quantization = pytest.importorskip("torchao.quantization")
-    model = nn.Sequential(nn.Linear(32, 8))
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    layer = c3a.C3ALinear(model[0], 4, init="gaussian")
+    model = nn.Sequential(nn.Linear(64, 32).to(base_dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization.quantize_(model, getattr(quantization, config)(**options))
+    return model[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "limit"),
+    [
+        ("Int8WeightOnlyConfig", {}, 0.01),
+        ("Int8WeightOnlyConfig", {"base_dtype": torch.bfloat16}, 0.01),
+        ("Float8WeightOnlyConfig", {}, 0.04),
+        ("IntxWeightOnlyConfig", {"weight_dtype": torch.int4}, 0.15),
+    ],
+)
+def test_merging_into_a_quantised_weight_says_what_it_loses_and_unmerging_restores_it(
+    config, options, limit, device
+):
+    if device.type != "cpu":
+        pytest.skip("torchao's kernels for the CPU")
+    base = quantised_by_torchao(config, **options)
+    layer = c3a.C3ALinear(base, 8)
+    with torch.no_grad():
+        layer.c3a_kernel.normal_(std=8)
     assert layer.weight is layer.base_layer.weight
-    with pytest.raises(TypeError, match="expected a dense floating-point weight .* got a .*Tensor"):
+    original, dtype = base.weight, base.weight.dtype
+    x = torch.randn(5, 64, dtype=dtype)
+    expected, of_base = layer(x).detach(), base(x).detach()
+    with pytest.warns(UserWarning, match=r"merging into a Linear quantised the sum anew") as said:
+        layer.merge()
+    (told,) = re.findall(r"errs by (\S+) of the adapter's own norm", str(said[0].message))
+    exact = original.dequantize().float() + layer.delta_weight().detach()
+    error = (base.weight.dequantize().float() - exact).norm() / layer.delta_weight().norm()
+    assert float(told) == pytest.approx(error.item(), rel=0.06)
+    assert type(base.weight) is type(original)
+    assert base.weight.dtype == dtype
+    assert relative_error(layer(x).detach(), expected) < limit
+    assert relative_error(of_base, expected) > 3 * limit
+    layer.enabled = False
+    assert torch.equal(layer(x), of_base)
+    layer.enabled = True
+    layer.unmerge()
+    assert base.weight is original
+    assert torch.equal(layer(x), expected)
+
+
+def test_merging_into_a_weight_of_an_unknown_scheme_says_what_to_do():
+    base = nn.Linear(12, 8)
+    base.weight = nn.Parameter(torch.zeros(8, 6, dtype=torch.uint8), requires_grad=False)
+    base.forward = lambda x: x[..., :8]
+    layer = c3a.C3ALinear(base, 4)
+    with pytest.raises(TypeError, match="leave the adapter unmerged, or dequantise the layer"):
+        layer.merge()
+
+
+def test_a_weight_in_eight_bit_floats_with_factors_beside_it_is_not_taken_for_a_dense_one():
+    base = nn.Linear(16, 8)
+    base.weight = nn.Parameter(base.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    layer = c3a.C3ALinear(base, 4)
+    with pytest.raises(TypeError, match=r"got a Parameter of torch.float8_e4m3fn"):
         layer.merge()
 
 
@@ -683,3 +743,36 @@ def test_calls_of_other_threads_see_the_weights_before_or_after_an_exchange(exch
         sys.setswitchinterval(switching)
     assert min(calls) > 10
     assert not wrong, f"{len(wrong)} of {sum(calls)}"
+
+
+# Dropout
+
+
+def test_dropout_zeroes_the_adapters_input_alone_and_in_training_alone():
+    layer = adapted(dropout=0.5)
+    x = torch.randn(64, 12, requires_grad=True)
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    seen = nn.functional.dropout(x, 0.5)
+    expected = layer.base_layer(x) + seen @ layer.delta_weight().T
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    h = torch.randn_like(y)
+    of = (x, layer.c3a_kernel)
+    got, right = (torch.autograd.grad(z, of, h) for z in (y, expected))
+    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    layer.eval()
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "error"), [(1.0, ValueError), (-0.1, ValueError), ("x", TypeError)]
+)
+def test_a_wrong_dropout_is_refused(dropout, error):
+    with pytest.raises(error, match="dropout"):
+        adapted(dropout=dropout)
+    layer = adapted(dropout=0.25)
+    with pytest.raises(error, match="dropout"):
+        layer.dropout = dropout
+    assert layer.dropout == 0.25
+    assert "dropout=0.25" in repr(layer)

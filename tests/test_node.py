@@ -241,7 +241,7 @@ def test_only_what_is_wanted_is_computed(wanted, operator, device):
 
 def test_a_frozen_kernel_that_is_not_prepared_gives_the_input_its_gradient(monkeypatch):
     layer = adapted().requires_grad_(False)
-    monkeypatch.setattr(layer, "_prepared_for", lambda *_: None)  # as on other devices
+    monkeypatch.setattr(layer._prepared, "get", lambda *_, **__: None)  # as on other devices
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     y = layer(x)
     assert y.grad_fn.name() == ONE

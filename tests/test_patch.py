@@ -318,6 +318,20 @@ def test_unpatching_with_merge_keeps_the_function():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_dropout_reaches_every_layer_and_no_file(tmp_path):
+    model = c3a.patch_model(Model(), ["query", "up"], 6, init="gaussian", dropout=0.5)
+    layers = [module for module in model.modules() if isinstance(module, c3a.C3ALinear)]
+    assert [layer.dropout for layer in layers] == [0.5] * 3
+    x = torch.randn(5, 12)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    c3a.save_adapter(model, tmp_path)
+    assert "dropout" not in (tmp_path / "adapter_config.json").read_text()
+    with pytest.raises(ValueError, match=r"expected 0 <= dropout < 1, got 2"):
+        c3a.patch_model(Model(), ["query"], 6, dropout=2)
+
+
 def test_merging_all_or_none():
     model = c3a.patch_model(Model(), ["query", "up"], 6, init="gaussian")
     model.up.base_layer.weight = None

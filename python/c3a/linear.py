@@ -2,27 +2,16 @@
 
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
-from . import _private, autograd, distributed
-from .ops import (
-    block_circ_conv,
-    block_circ_conv_add,
-    block_circ_conv_linear,
-    block_circ_conv_prepared,
-    block_circ_conv_prepared_add,
-)
+from . import _private, adapted, distributed, merging
 from .prepared import PreparedKernel
-from .reference import circulant
 from .shapes import SUPPORTED_DTYPES
 from .sizes import check_block_size, features, kernel_shape
 from .weight import AdaptedWeight, read
@@ -39,6 +28,18 @@ def _checked_scale(scale: object) -> float:
     if not math.isfinite(scale) or scale == 0:
         raise ValueError(f"c3a.C3ALinear: expected a finite scale other than 0, got {scale}")
     return float(scale)
+
+
+def checked_dropout(who: str, dropout: object) -> float:
+    """Return a probability as a float, or raise TypeError or ValueError."""
+    if isinstance(dropout, bool) or not isinstance(dropout, Real):
+        raise TypeError(
+            f"{who}: expected dropout to be a number, got {type(dropout).__name__} {dropout!r}"
+        )
+    probability = float(dropout)
+    if not 0 <= probability < 1:
+        raise ValueError(f"{who}: expected 0 <= dropout < 1, got {dropout}")
+    return probability
 
 
 # One for all layers: a layer with a lock of its own could not be copied.
@@ -67,6 +68,9 @@ class C3ALinear(nn.Module):
             leave a wider kernel as it is: float16 cannot hold what optimizers keep of it.
         pad: accept a block size that does not divide: the input is padded with zeros, the output
             cut. Costs a padded copy of the input, and the PEFT library cannot load the adapter.
+        dropout: in training, the probability with which a number of the adapter's input is zeroed
+            (``torch.nn.functional.dropout``); the base layer sees all of it. The paper's language
+            models had 0.05. The adapter's files do not hold it.
 
     Attributes:
         c3a_kernel: parameter of shape ``(m, n, block_size)``.
@@ -111,6 +115,7 @@ class C3ALinear(nn.Module):
         init: str = "zeros",
         dtype: torch.dtype = torch.float32,
         pad: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         sizes = features(base_layer)
@@ -129,6 +134,7 @@ class C3ALinear(nn.Module):
         if init not in INITS:
             raise ValueError(f"c3a.C3ALinear: expected init to be one of {INITS}, got {init!r}")
         scale = 1 / self.in_features if scale is None else _checked_scale(scale)
+        self._dropout = checked_dropout("c3a.C3ALinear", dropout)
 
         self.base_layer = base_layer
         self.block_size = block_size = int(block_size)
@@ -136,7 +142,7 @@ class C3ALinear(nn.Module):
         self.init = init
         shape = kernel_shape(*sizes, block_size)
         self.c3a_kernel = nn.Parameter(
-            torch.empty(shape, dtype=dtype, device=_device_of(base_layer))
+            torch.empty(shape, dtype=dtype, device=adapted.kernel_device(base_layer))
         )
         self._pad = (
             shape[1] * block_size - self.in_features,
@@ -144,8 +150,6 @@ class C3ALinear(nn.Module):
         )
         self._enabled = True
         self._prepared = PreparedKernel()
-        # The base layer that was looked at for passing gradients on, which is done once.
-        self._passing_base: int | None = None
         # Odd while the weights are being exchanged, and another number after it.
         self._exchanges = 0
         # While merged, the one weight that the base layer does not use now: the original if
@@ -188,85 +192,12 @@ class C3ALinear(nn.Module):
                 return y
 
     def _forward(self, x: Tensor) -> Tensor:
-        base = self.base_layer
         if self.merged or not self.enabled:
-            unadapted: Tensor = base(x)
+            unadapted: Tensor = self.base_layer(x)
             return unadapted
-        kernel, scale = self.c3a_kernel, self.scale
-        if traced := self._traced_linear(base, x):
-            return block_circ_conv_linear(x, *traced, kernel, scale)
-        if frozen := self._frozen_linear(base, x, kernel):
-            prepared = self._prepared_for(kernel, scale, x, frozen[0].dtype)
-            if prepared:
-                return autograd.add_to_linear(autograd.PREPARED, *frozen, x, *prepared)
-            return autograd.add_to_linear(autograd.FORWARD, *frozen, x, kernel, scale)
-        y: Tensor = base(x)
-        is_plain = _private.is_plain(y, x, kernel)
-        wants_grad = is_plain and x.requires_grad and torch.is_grad_enabled()
-        if wants_grad and self._passing_base != id(base):
-            self._passing_base = id(base)
-            _warn_of_a_cut_graph(base, x, y)
-        more_in, more_out = self._pad
-        x = F.pad(x, (0, more_in)) if more_in else x
-        prepared = self._prepared_for(kernel, scale, x, y.dtype) if is_plain else None
-        if more_out:
-            if prepared:
-                delta = block_circ_conv_prepared(x, *prepared)
-            else:
-                delta = block_circ_conv(x, kernel, scale)
-            return y + delta[..., : self.out_features].to(y.dtype)
-        # The base layer's result is written in place where nobody else has it.
-        if is_plain and _private.is_sole_owner(y):
-            if prepared:
-                return autograd.add_into(autograd.PREPARED, y, x, *prepared)
-            return autograd.add_into(autograd.FORWARD, y, x, kernel, scale)
-        if prepared:
-            return block_circ_conv_prepared_add(y, x, *prepared)
-        return block_circ_conv_add(y, x, kernel, scale)
-
-    def _frozen_linear(
-        self, base: nn.Module, x: Tensor, kernel: Tensor
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Return the base layer's weight and bias where it and the adapter can be one node.
-
-        In the dtype in which the base layer computes: its own, or autocast's.
-        """
-        if (
-            not torch.is_grad_enabled()
-            or not _private.is_ordinary(x, kernel)
-            or not (kernel.requires_grad or x.requires_grad)
-            or self._pad != (0, 0)
-        ):
-            return None
-        frozen = _private.frozen_linear(base)
-        # A prepared kernel has no tangent.
-        if frozen is None or (not kernel.requires_grad and _private.has_tangent(kernel)):
-            return None
-        if not _private.any_autocast_enabled():
-            return frozen if frozen[0].dtype == x.dtype else None
-        weight, bias = frozen
-        device = x.device.type
-        if (
-            not autograd.autocasts(device)
-            or torch.float64 in (x.dtype, weight.dtype)
-            or _private.has_tangent(x, kernel, *(t for t in frozen if t is not None))
-        ):
-            return None
-        dtype = torch.get_autocast_dtype(device)
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
-
-    def _traced_linear(self, base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Return weight and bias where a compiler is given base and adapter as one operator.
-
-        Not in ``torch.export``, whose graphs are for others to read.
-        """
-        compiler = torch.compiler
-        if not compiler.is_compiling() or compiler.is_exporting() or self._pad != (0, 0):
-            return None
-        frozen = _private.frozen_linear(base)
-        if frozen and (frozen[0].dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
-            return frozen
-        return None
+        share = adapted.Share(self.c3a_kernel, self._scale, self._prepared, self._pad)
+        dropout = self._dropout if self.training else 0.0
+        return adapted.forward(self.base_layer, x, (share,), dropout)
 
     def prepare(self) -> None:
         """Transform the kernel once for the calls to come that want no gradient for it.
@@ -287,17 +218,6 @@ class C3ALinear(nn.Module):
             dtype = self.c3a_kernel.dtype
         self._prepared.make(self.c3a_kernel, self.scale, dtype)
 
-    def _prepared_for(
-        self, kernel: Tensor, scale: float, x: Tensor, of_y: torch.dtype
-    ) -> tuple[Tensor, int, Tensor | None] | None:
-        """Return ``(w_hat, block_size, w_hat_transposed)`` for a plain call, or None."""
-        grad = torch.is_grad_enabled()
-        if grad and kernel.requires_grad:
-            return None
-        transposed = grad and x.requires_grad
-        found = self._prepared.get(kernel, scale, (x.dtype, of_y), transposed)
-        return found and (found[0], self.block_size, found[1])
-
     def train(self, mode: bool = True) -> "Self":
         """Set the layer's mode; training drops what was prepared."""
         if mode:
@@ -315,7 +235,7 @@ class C3ALinear(nn.Module):
         """
         base: Any = self.base_layer
         weight: Tensor = base.weight
-        if self.merged or not self.enabled or not self._is_dense(weight):
+        if self.merged or not self.enabled or not merging.is_dense(base, weight):
             return weight
         if weight.is_meta and not self.c3a_kernel.is_meta:  # offloaded
             return weight
@@ -332,19 +252,22 @@ class C3ALinear(nn.Module):
         return self._delta(self.c3a_kernel)
 
     def _delta(self, kernel: Tensor) -> Tensor:
-        kernel = distributed.whole(kernel)
-        kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
-        return circulant(kernel)[: self.out_features, : self.in_features] * self.scale
+        return merging.delta(kernel, self.scale)[: self.out_features, : self.in_features]
 
     def add_delta(self, weight: Tensor, kernel: Tensor) -> Tensor:
         """Return a base weight plus what a kernel stands for, in the weight's dtype and layout.
 
         The sum is computed in float32 at least and rounded once.
         """
-        delta = self._delta(kernel).to(weight.device)
-        delta = distributed.placed_as(delta.T if self._is_conv1d else delta, weight)
-        total = delta.to(torch.promote_types(delta.dtype, weight.dtype)).add_(weight)
-        return torch.empty_like(weight).copy_(total)
+        return merging.dense_sum(self.base_layer, weight, self._delta(kernel))
+
+    @property
+    def dropout(self) -> float:
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        self._dropout = checked_dropout("c3a.C3ALinear", value)
 
     @property
     def scale(self) -> float:
@@ -375,43 +298,32 @@ class C3ALinear(nn.Module):
             self._enabled = bool(value)
 
     def check_mergeable(self) -> None:
-        """Raise TypeError unless the base layer has a dense floating-point weight of its size.
+        """Raise TypeError unless the base layer's weight can take the adapter.
 
         ValueError where the weight or the kernel is on the meta device, without values.
         """
-        weight = getattr(self.base_layer, "weight", None)
         if isinstance(self.base_layer, C3ALinear):
             raise TypeError(
                 "c3a: cannot merge into another adapter; merge and unwrap that one first"
             )
-        if not isinstance(weight, nn.Parameter) or not self._is_dense(weight):
-            got = type(weight).__name__
-            if isinstance(weight, Tensor):
-                got += f" of {weight.dtype} and shape {tuple(weight.shape)}"
-            raise TypeError(
-                f"c3a: cannot merge into a {type(self.base_layer).__name__}: expected a dense "
-                f"floating-point weight of shape {self._weight_shape}, got a {got}"
-            )
-        if weight.is_meta or self.c3a_kernel.is_meta:
-            what = "weight" if weight.is_meta else "kernel"
-            raise ValueError(
-                f"c3a: cannot merge: the {what} is on the meta device, where nothing has values; "
-                "merge before accelerate offloads the model, or load the whole model"
-            )
+        merging.check(self.base_layer, self.c3a_kernel)
 
     @torch.no_grad()
     def merge(self, *, safe: bool = True) -> None:
         """Add the adapter to the base layer's weight: no cost at inference. Idempotent.
 
-        The sum is computed in float32 at least and rounded once. The original weight is kept (its
-        memory too) for ``unmerge``. A weight that other layers share stays as it is for them. Other
-        threads may run the layer meanwhile, unless it is compiled.
+        The sum is computed in float32 at least and rounded once. A quantised weight (torchao's and
+        bitsandbytes') is dequantised, and the sum quantised in the same way; a warning says what
+        that loses. The original weight is kept (its memory too) for ``unmerge``. A weight that
+        other layers share stays as it is for them. Other threads may run the layer meanwhile,
+        unless it is compiled.
 
         Args:
             safe: look whether the merged weight is finite.
 
         Raises:
-            TypeError: the base layer has no dense floating-point weight of its size.
+            TypeError: the base layer has no dense floating-point weight of its size, nor one that
+                is quantised in a known way.
             ValueError: weight or kernel is on the meta device; or ``safe``, and the adapter makes
                 numbers of the weight infinite or NaN. The layer is then as it was.
         """
@@ -419,23 +331,26 @@ class C3ALinear(nn.Module):
             return
         self.check_mergeable()
         distributed.reshard(self)
-        base: Any = self.base_layer
-        original: Tensor = base.weight
-        merged = self.add_delta(original, self.c3a_kernel)
-        spoilt = (~merged.isfinite() & original.isfinite()).sum() if safe else 0
-        if spoilt := int(distributed.whole(spoilt)):
-            finite = distributed.whole(self.c3a_kernel.isfinite().all())
-            kernel = "is finite" if finite else "is not finite itself"
-            raise ValueError(
-                f"c3a: merging would make {spoilt} of {merged.numel()} numbers of the weight "
-                f"infinite or NaN in {merged.dtype} (the kernel {kernel}); pass safe=False to "
-                "merge all the same"
-            )
+        merged = merging.merged(
+            self.base_layer, self.delta_weight(), self._spoilt if safe else lambda *_: None
+        )
         with self._exchanging():
             if not self.merged:  # another thread may have merged meanwhile
-                self._set_aside = [nn.Parameter(merged, requires_grad=False)]
+                self._set_aside = [merged]
                 if self.enabled:
                     self._swap_weights()
+
+    def _spoilt(self, total: Tensor, original: Tensor) -> str | None:
+        """Say what is infinite or NaN in a sum and not in the original."""
+        spoilt = int(distributed.whole((~total.isfinite() & original.isfinite()).sum()))
+        if not spoilt:
+            return None
+        finite = distributed.whole(self.c3a_kernel.isfinite().all())
+        kernel = "is finite" if finite else "is not finite itself"
+        return (
+            f"c3a: merging would make {spoilt} of {total.numel()} numbers of the weight infinite "
+            f"or NaN in {total.dtype} (the kernel {kernel}); pass safe=False to merge all the same"
+        )
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit. Idempotent."""
@@ -458,33 +373,9 @@ class C3ALinear(nn.Module):
             finally:
                 self._exchanges += 1
 
-    @property
-    def _is_conv1d(self) -> bool:
-        return not hasattr(self.base_layer, "in_features")  # weight is (in, out) there
-
-    @property
-    def _weight_shape(self) -> tuple[int, int]:
-        shape = (self.out_features, self.in_features)
-        return shape[::-1] if self._is_conv1d else shape
-
-    def _is_dense(self, weight: Tensor) -> bool:
-        """Return whether a weight holds the matrix itself, rather than what stands for it."""
-        return (
-            weight.dtype.is_floating_point
-            and tuple(weight.shape) == self._weight_shape
-            and (distributed.is_dtensor(weight) or not hasattr(type(weight), "__tensor_flatten__"))
-        )
-
-    @torch.no_grad()
     def _swap_weights(self) -> None:
         distributed.reshard(self)
-        weight: Any = self.base_layer.weight
-        if distributed.is_dtensor(weight):  # FSDP keeps to its parameter: the values are exchanged
-            shown = weight.clone()
-            weight.copy_(self._set_aside[0])
-            self._set_aside[0].copy_(shown)
-            return
-        self.base_layer.weight, self._set_aside[0] = self._set_aside[0], self.base_layer.weight
+        self._set_aside[0] = merging.exchange(self.base_layer, self._set_aside[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         """Convert or move the layer; a kernel is not narrowed to 16 bits with the model.
@@ -502,31 +393,18 @@ class C3ALinear(nn.Module):
             return t.to(new.device) if narrowed else new
 
         super()._apply(of_kernel, recurse=False)  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for weight in self._set_aside:
-                weight.data = fn(weight.data)
+        self._set_aside = [adapted.moved(weight, fn) for weight in self._set_aside]
         return self
 
     def extra_repr(self) -> str:
         state = ", merged" if self.merged else ""
         state += "" if self.enabled else ", disabled"
+        dropout = f", dropout={self.dropout:.3g}" if self.dropout else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"block_size={self.block_size}, scale={self.scale:.3g}, "
+            f"block_size={self.block_size}, scale={self.scale:.3g}{dropout}, "
             f"parameters={self.c3a_kernel.numel()}{state}"
         )
-
-
-def _device_of(base_layer: nn.Module) -> torch.device | None:
-    """Return where a layer computes: for one that accelerate has offloaded, where it is taken."""
-    device = next((t.device for t in [*base_layer.parameters(), *base_layer.buffers()]), None)
-    if device is not None and device.type == "meta":
-        hook = getattr(base_layer, "_hf_hook", None)
-        for part in getattr(hook, "hooks", [hook]):
-            place = getattr(part, "execution_device", None)
-            if place is not None:
-                return torch.device(place)
-    return device
 
 
 # A state dict always holds the original weight and the kernel, whether merged or not.
@@ -559,43 +437,3 @@ def _unmerge_to_load(layer: C3ALinear, *_: object) -> None:
 def _merge_after_load(layer: C3ALinear, _incompatible_keys: object) -> None:
     if layer.__dict__.pop("_merge_after_load", False):
         layer.merge()
-
-
-_CUTTING_BASES: set[str] = set()
-
-
-def _warn_of_a_cut_graph(base: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Say once for each kind of base layer that gradients do not pass through it."""
-    if _passes_gradients(x, y):
-        return
-    # Some ways of quantising keep the layer's class and change that of its weight.
-    weight = getattr(base, "weight", None)
-    kind = f"{type(base).__name__} with a weight of type {type(weight).__name__}"
-    if kind in _CUTTING_BASES:
-        return
-    _CUTTING_BASES.add(kind)
-    warnings.warn(
-        f"c3a: gradients do not pass through a base layer of type {kind}, as with "
-        "dynamically quantised layers: no path of the graph leads from its result to its input. "
-        "What lies below gets the adapter's share of the gradient only, which is wrong by the base "
-        "layer's. Train with a base layer that differentiates (weight-only quantisation does), or "
-        "adapt no layer below this one.",
-        stacklevel=3,
-    )
-
-
-def _passes_gradients(x: Tensor, y: Tensor) -> bool:
-    """Return whether the graph leads from ``y`` to ``x`` by nodes that have a derivative."""
-    if not y.requires_grad:
-        return False
-    goal = torch.autograd.graph.get_gradient_edge(x).node
-    nodes: list[Node | None] = [torch.autograd.graph.get_gradient_edge(y).node]
-    seen: set[Node] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is goal:
-            return True
-        if node is not None and node not in seen and not node.name().endswith("NotImplemented"):
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-    return False

@@ -99,6 +99,7 @@ def patch_model(
     dtype: torch.dtype = torch.float32,
     modules_to_save: Iterable[str] = (),
     pad: bool = False,
+    dropout: float = 0.0,
 ) -> Model:
     """Wrap the chosen layers of a model in ``C3ALinear``, in place, and freeze the rest.
 
@@ -116,7 +117,7 @@ def patch_model(
             initial values that PEFT's ``get_peft_model`` gives. Its ``task_type`` is kept for
             ``save_adapter``.
         rank: for ``"auto"``, the LoRA rank one would use.
-        scale, init, dtype, pad: as for ``C3ALinear``.
+        scale, init, dtype, pad, dropout: as for ``C3ALinear``.
         modules_to_save: names (whole or the end of one) of modules that stay trainable and are
             saved with the adapter, such as a new classifier. A copy of what they hold now is kept,
             for ``disabled`` and ``unpatch_model``: their memory once more.
@@ -192,7 +193,16 @@ def patch_model(
             "(target_parameters), modules_to_save trains them whole",
             stacklevel=2,
         )
-    apply_patch(inner, plan, scale=scale, init=init, dtype=dtype, pad=pad, task_type=task)
+    apply_patch(
+        inner,
+        plan,
+        scale=scale,
+        init=init,
+        dtype=dtype,
+        pad=pad,
+        dropout=dropout,
+        task_type=task,
+    )
     return model
 
 
@@ -301,6 +311,7 @@ def apply_patch(
     init: str = "zeros",
     dtype: torch.dtype = torch.float32,
     pad: bool = False,
+    dropout: float = 0.0,
     task_type: str | None = None,
 ) -> Model:
     """Carry out a plan: all layers are made before the first one is put in place."""
@@ -313,7 +324,7 @@ def apply_patch(
         for name, block_size in plan.block_sizes.items():
             base = model.get_submodule(name)
             wrapped[id(base)] = C3ALinear(
-                base, block_size, scale=scale, init=init, dtype=dtype, pad=pad
+                base, block_size, scale=scale, init=init, dtype=dtype, pad=pad, dropout=dropout
             )
     except Exception:
         _restore_requires_grad(model, trainable)

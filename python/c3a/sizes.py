@@ -12,13 +12,17 @@ def is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+_NAMES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("nx", "nf"))
+
+
 def features(layer: nn.Module) -> tuple[int, int] | None:
     """Return ``(in_features, out_features)`` of a linear layer, or None for any other module.
 
     ``nn.Linear`` and everything that copies its two attributes (quantised layers, ``C3ALinear``),
-    and ``transformers.pytorch_utils.Conv1D`` with its ``nx`` and ``nf``.
+    some of GPTQ's with their ``infeatures`` and ``outfeatures``, and
+    ``transformers.pytorch_utils.Conv1D`` with its ``nx`` and ``nf``.
     """
-    for in_name, out_name in (("in_features", "out_features"), ("nx", "nf")):
+    for in_name, out_name in _NAMES:
         sizes: tuple[Any, Any] = getattr(layer, in_name, None), getattr(layer, out_name, None)
         if all(isinstance(size, int) and size > 0 for size in sizes):
             return sizes
@@ -30,6 +34,11 @@ def linear_features(layer: nn.Module) -> tuple[int, int]:
     sizes = features(layer)
     assert sizes is not None
     return sizes
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Return whether a dense weight of a linear layer is ``(in, out)``, as that of ``Conv1D``."""
+    return hasattr(layer, "nx") and not hasattr(layer, "in_features")
 
 
 def common_divisors(in_features: int, out_features: int) -> list[int]:
