@@ -178,8 +178,8 @@ def plan_patch(
         )
     if distributed.is_sharded(model):
         raise ValueError(
-            "c3a.patch_model: the model is sharded over processes, and a kernel would not be: patch "
-            "it, or load its adapter, before it is sharded"
+            "c3a.patch_model: the model is sharded over processes, and a kernel would not be; "
+            "patch it, or load its adapter, before it is sharded"
         )
     if adapted_layers(model):
         raise ValueError(
