@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 import c3a
 from c3a import distributed
 from c3a.adapter_files import CONFIG, WEIGHTS
+from c3a.trainer import AdapterCallback
 
 WIDTH, HEADS, KV_HEADS, INNER, B = 32, 4, 2, 64, 4
 
@@ -322,6 +324,17 @@ def _is_merged_as_one_process(model: Llama) -> None:
         c3a.merge(model)
 
 
+def the_trainers_callback_saves_what_is_sharded(folder: Path) -> None:
+    model, first = in_fsdp(patched()), dist.get_rank() == 0
+    callback = AdapterCallback(folder / "callback", every=1, keep=1)
+    for number in (1, 2):
+        state = SimpleNamespace(is_world_process_zero=first, global_step=number)
+        callback.on_step_end(None, state, None, model=model)
+    callback.on_train_end(None, state, None, model=model)
+    dist.barrier()
+    assert sorted(path.name for path in (folder / "callback").iterdir()) == ["adapter", "adapter-2"]
+
+
 def fsdp_models_merge(_: Path) -> None:
     _is_merged_as_one_process(in_fsdp(patched()))
     _is_merged_as_one_process(in_fsdp(patched(), reshard_after_forward=False))
@@ -443,6 +456,7 @@ TWO = [
     mixed_precision_leaves_kernels_in_float32,
     fsdp_models_save_and_load_adapters,
     tensor_parallel_models_save_and_load_adapters,
+    the_trainers_callback_saves_what_is_sharded,
     fsdp_models_merge,
     tensor_parallel_models_merge,
     prepared_kernels_are_never_stale,

@@ -55,17 +55,25 @@ def test_every_page_with_code_is_run_by_a_test():
     }
 
 
-def test_the_distributed_page_runs_in_two_processes(tmp_path):
-    (block,) = python_blocks(DOCS / "distributed.md")
-    (tmp_path / "train.py").write_text(
-        block + "\nkernel = again.module[0].c3a_kernel.detach()\nassert kernel.any()\n"
-        "open(f'{__import__(\"os\").environ[\"RANK\"]}.txt', 'w').write(repr(kernel.tolist()))\n"
-    )
+def run_in_two_processes(program, folder):
+    (folder / "train.py").write_text(program)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launch, "train.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*launch, "train.py"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_distributed_page_runs_in_two_processes(tmp_path):
+    replicated, sharded = python_blocks(DOCS / "distributed.md")
+    run_in_two_processes(
+        replicated + "\nkernel = again.module[0].c3a_kernel.detach()\nassert kernel.any()\n"
+        "open(f'{__import__(\"os\").environ[\"RANK\"]}.txt', 'w').write(repr(kernel.tolist()))\n",
+        tmp_path,
+    )
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
-    assert (tmp_path / "runs" / "distributed" / "adapter_config.json").exists()
+    run_in_two_processes(sharded, tmp_path)
+    whole = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
+    c3a.load_adapter(whole, tmp_path / "runs" / "sharded")
+    assert whole[0].c3a_kernel.any()
 
 
 def test_the_api_page_has_every_public_name_and_no_other():

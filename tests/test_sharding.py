@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import sharded_models
 import sharded_operators
 from processes import errors_in
 
@@ -42,6 +43,7 @@ def on_a_grid(checkpoint, of_models, tmp_path_factory):
     return errors_in(4, sharded_models.FOUR, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [check.__name__ for check in sharded_models.FOUR])
 def test_in_four_processes(check, on_a_grid):
     assert not on_a_grid[check], on_a_grid[check]

@@ -294,7 +294,7 @@ def _check_patchable(model: nn.Module) -> None:
         )
     if distributed.is_sharded(model):
         raise ValueError(
-            "c3a.patch_model: the model is sharded over processes, and a kernel would not be: "
+            "c3a.patch_model: the model is sharded over processes, and a kernel would not be; "
             "patch it, or load its adapter, before it is sharded"
         )
     if adapted_layers(model):
