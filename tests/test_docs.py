@@ -1,6 +1,7 @@
 """The documentation's code runs, and it names what there is."""
 
 import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -41,6 +42,17 @@ def test_every_public_name_has_an_example_that_runs_by_itself(name, tmp_path, mo
     for test in found:
         runner.run(test)
     assert runner.failures == 0
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.parametrize("name", ["c3a.memory", "c3a.onnx"])
+def test_the_examples_of_a_module_run(name, tmp_path, monkeypatch):
+    if name == "c3a.onnx":
+        pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
+    monkeypatch.chdir(tmp_path)
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted
+    assert results.failed == 0
 
 
 def test_every_page_with_code_is_run_by_a_test():

@@ -442,6 +442,27 @@ def test_nodes_of_the_graph_are_called_after_their_operator(device):
     assert "BlockCircConvLinearBackward" in {event.name for event in record.events()}
 
 
+def test_a_profile_of_a_layer_names_the_operators(device):
+    x = torch.randn(3, 12, device=device, requires_grad=True)
+    layer = c3a.C3ALinear(torch.nn.Linear(12, 8, device=device), 4)
+    hooked = c3a.C3ALinear(torch.nn.Linear(12, 8, device=device), 4)
+    hooked.base_layer.register_forward_hook(lambda module, args, y: None)
+    padded = c3a.C3ALinear(torch.nn.Linear(12, 7, device=device), 4, pad=True)
+    shown = {
+        name: {called for called in operators_called(run) if called.startswith("c3a::block")}
+        for name, run in {
+            "one node": lambda: layer(x).sum().backward(),
+            "a base layer's own call": lambda: hooked(x).sum().backward(),
+            "padded": lambda: padded(x).sum().backward(),
+        }.items()
+    }
+    assert shown == {
+        "one node": {"c3a::block_circ_conv_add_", "c3a::block_circ_conv_backward_add_"},
+        "a base layer's own call": {"c3a::block_circ_conv_add_", "c3a::block_circ_conv_backward"},
+        "padded": {"c3a::block_circ_conv", "c3a::block_circ_conv_backward"},
+    }
+
+
 def counted(function) -> int:
     with FlopCounterMode(display=False) as counter:
         function()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -44,23 +45,45 @@ def saved_for_backward(model: nn.Module | None = None) -> Iterator[SavedBytes]:
         yield saved
 
 
-def peak_allocated(function: Callable[[], object]) -> int:
-    """Return the most bytes that ``function()`` holds at a time on the CPU, by torch's profiler.
+@dataclass
+class AllocatedBytes:
+    """Bytes that a block of code allocated on the CPU and has not freed; set at the block's end."""
 
-    Counts what torch's allocator gives out within the call, not what was there before.
+    current: int = 0  # below zero if more was freed that was there before
+    peak: int = 0
 
-    >>> peak_allocated(lambda: torch.ones(1000) + torch.ones(1000))
-    12000
+
+@contextmanager
+def allocated() -> Iterator[AllocatedBytes]:
+    """Measure what the block within allocates: ``torch.cuda``'s figures, for the CPU.
+
+    What torch's allocator gives out within the block, by the profiler's events, in all threads; not
+    what was there before. torch has one profiler at a time, so blocks do not nest.
+
+    >>> with allocated() as held:
+    ...     x = torch.ones(1000) + torch.ones(1000)
+    >>> held.peak, held.current
+    (12000, 4000)
     """
+    held = AllocatedBytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        function()
+        yield held
     events = [
         (event.start_ns(), event.nbytes())
         for event in run.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]
-    held = peak = 0
     for _, size in sorted(events, key=lambda event: event[0]):
-        held += size
-        peak = max(peak, held)
-    return peak
+        held.current += size
+        held.peak = max(held.peak, held.current)
+
+
+def peak_allocated(function: Callable[[], object]) -> int:
+    """Return the most bytes that ``function()`` holds at a time on the CPU, as ``allocated`` does.
+
+    >>> peak_allocated(lambda: torch.ones(1000) + torch.ones(1000))
+    12000
+    """
+    with allocated() as held:
+        function()
+    return held.peak

@@ -27,7 +27,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     >>> import c3a.onnx, torch
     >>> layer = c3a.C3ALinear(torch.nn.Linear(64, 32), block_size=16)
     >>> program = torch.onnx.export(
-    ...     layer,
+    ...     layer.eval(),
     ...     (torch.randn(2, 64),),
     ...     dynamic_shapes=({0: "batch"},),
     ...     custom_translation_table=c3a.onnx.translations(),
@@ -47,13 +47,19 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
+def _opset() -> Any:
+    """Return ONNX's operators; a call adds one to the graph that is being exported."""
+    from onnxscript import opset18
+
+    return opset18
+
+
 def _block_circ_conv(x: _Value, w: _Value, scale: float = 1.0) -> _Value:
     return _cast(_convolution(x, w, scale), x.dtype)
 
 
 def _block_circ_conv_add(base: _Value, x: _Value, w: _Value, scale: float = 1.0) -> _Value:
-    from onnxscript import opset18 as op
-
+    op = _opset()
     delta = _convolution(x, w, scale)
     return _cast(op.Add(_cast(base, delta.dtype), delta), base.dtype)
 
@@ -61,8 +67,8 @@ def _block_circ_conv_add(base: _Value, x: _Value, w: _Value, scale: float = 1.0)
 def _convolution(x: _Value, w: _Value, scale: float) -> _Value:
     """Return ``scale * block_circ_conv(x, w)`` in the dtype of its sums."""
     import onnx_ir as ir
-    from onnxscript import opset18 as op
 
+    op = _opset()
     if w.shape is None or not w.shape.is_static():
         raise ValueError(f"c3a.onnx: expected a kernel of static shape (m, n, b), got {w.shape}")
     m, n, b = w.shape.numpy()
@@ -80,8 +86,7 @@ def _convolution(x: _Value, w: _Value, scale: float) -> _Value:
 
 
 def _dense_product(x: _Value, w: _Value, _dtype: Any, m: int, n: int, b: int) -> _Value:
-    from onnxscript import opset18 as op
-
+    op = _opset()
     # Row u of the periodic kernel in rows of 2b - 1 starts at w[-u % b].
     rows = op.Reshape(op.Tile(w, [1, 1, 2 * b - 1]), [m, n, b, 2 * b - 1])
     matrix = op.Transpose(op.Slice(rows, [0], [b], [3]), perm=[1, 3, 0, 2])  # [j, t, i, u]
@@ -89,8 +94,7 @@ def _dense_product(x: _Value, w: _Value, _dtype: Any, m: int, n: int, b: int) ->
 
 
 def _product_of_bins(x: _Value, w: _Value, dtype: Any, m: int, n: int, b: int) -> _Value:
-    from onnxscript import opset18 as op
-
+    op = _opset()
     bins = b // 2 + 1
     # Real and imaginary part of each bin, for each position: (2 * bins, b).
     turn = 2 * math.pi / b
@@ -127,16 +131,13 @@ def _minus_sin(angle: float) -> float:
 
 def _constant(value: Any, dtype: Any) -> _Value:
     import onnx_ir as ir
-    from onnxscript import opset18 as op
 
-    return op.Constant(value=ir.tensor(value, dtype=dtype))
+    return _opset().Constant(value=ir.tensor(value, dtype=dtype))
 
 
 def _cast(value: _Value, dtype: Any) -> _Value:
-    from onnxscript import opset18 as op
-
     if value.dtype == dtype:
         return value
-    cast = op.Cast(value, to=dtype)
+    cast = _opset().Cast(value, to=dtype)
     cast.dtype = dtype
     return cast
