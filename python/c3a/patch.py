@@ -210,7 +210,8 @@ class Chosen:
     """The test whether a module is among the chosen ones, with the words that chose them."""
 
     def __init__(self, names: Collection[str], words: str) -> None:
-        self.names, self.words = names, words
+        self.names: Collection[str] = names
+        self.words: str = words
 
     def __call__(self, name: str, module: nn.Module) -> bool:
         return name in self.names
