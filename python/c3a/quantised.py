@@ -29,6 +29,8 @@ class Scheme(NamedTuple):
 
 def scheme_of(weight: object) -> Scheme | None:
     """Return the scheme of a weight, or None where it is not quantised or not known."""
+    if type(weight) in (Tensor, torch.nn.Parameter):  # compilers cannot read a class's bases
+        return None
     for cls in type(weight).__mro__:
         found = _SCHEMES.get((cls.__module__.partition(".")[0], cls.__name__))
         if found:
