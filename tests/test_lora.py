@@ -580,7 +580,7 @@ LORAS = {
     "a pattern": (
         {},
         lambda f: edit(f, alpha_pattern={"(((((.+)+)+)+)+)+X": 1.0}),
-        "the regular expression '(((((.+)+)+)+)+)+X' takes more than",
+        "takes more than 0.5 s; names, or ends of names",
     ),
     "a C3A": (
         {},

@@ -59,7 +59,8 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
             arguments += tiny if "--data" in arguments else tiny + data
         assert cli.main(arguments) == 0, line
         ran.append(arguments[0])
-    assert ran == ["finetune", "finetune", "inspect", "merge", "info"]
+    lora = ["export-lora", "convert"]
+    assert ran == ["finetune", "finetune", "inspect", "merge", *lora, "info"]
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert "written to runs/lora" in capsys.readouterr().out
 
