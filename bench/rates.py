@@ -152,32 +152,41 @@ def write(path: Path, results: dict) -> None:
     os.replace(fresh, path)
 
 
-def means(runs: list[dict]) -> dict[tuple, dict[float, tuple[float, float, float, int]]]:
-    """Return by (width, method, block size) and rate: mean loss, its spread, accuracy, seeds."""
+def means(runs: list[dict]) -> dict[tuple, dict[float, tuple[float, float, int]]]:
+    """Return by (width, method, block size) and rate: the mean loss, its spread, the seeds."""
     found: dict[tuple, dict] = {}
     for key in dict.fromkeys(tuple(run[field] for field in FIELDS[:4]) for run in runs):
         same = [run for run in runs if tuple(run[field] for field in FIELDS[:4]) == key]
         losses = [run["validation_loss"] for run in same]
         spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
-        accuracy = statistics.mean(run["accuracy"] for run in same)
-        cell = (statistics.mean(losses), spread, accuracy, len(same))
-        found.setdefault(key[:3], {})[key[3]] = cell
+        found.setdefault(key[:3], {})[key[3]] = (statistics.mean(losses), spread, len(losses))
     return found
 
 
+def named(method: str, block: int) -> str:
+    return f"C3A, block {block}" if method == "c3a" else f"LoRA, rank {block}"
+
+
 def table(runs: list[dict]) -> str:
-    lines = ["| width | adapter | rate | loss, mean ± sd of seeds | accuracy | seeds |"]
-    lines.append("|---|---|---|---|---|---|")
-    for (width, method, block), cells in sorted(means(runs).items()):
-        best = min(cells, key=lambda rate: cells[rate][0])
-        name = f"C3A, block {block}" if method == "c3a" else f"LoRA, rank {block}"
-        for rate, (loss, spread, accuracy, seeds) in sorted(cells.items()):
-            shown = (
-                f"**{loss:.3f}** ± {spread:.3f}" if rate == best else f"{loss:.3f} ± {spread:.3f}"
-            )
-            lines.append(
-                f"| {width} | {name} | {rate:g} | {shown} | {100 * accuracy:.1f} % | {seeds} |"
-            )
+    """Return a table a method: a row for each width and block, a column for each rate."""
+    found = means(runs)
+    lines = []
+    for method in dict.fromkeys(method for _, method, _ in found):
+        of_method = {key: cells for key, cells in sorted(found.items()) if key[1] == method}
+        rates = sorted({rate for cells in of_method.values() for rate in cells})
+        heads = ["width", "adapter", "seeds", *(f"rate {rate:g}" for rate in rates)]
+        lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+        for (width, _, block), cells in of_method.items():
+            best = min(cells, key=lambda rate: cells[rate][0])
+            counts = {seeds for _, _, seeds in cells.values()}
+            seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
+            row = [str(width), named(method, block), seeds]
+            for rate in rates:
+                mean, spread, count = cells.get(rate, (math.nan, math.nan, 0))
+                shown = f"**{mean:.3f}**" if rate == best else f"{mean:.3f}" if count else ""
+                row.append(f"{shown} ± {spread:.3f}" if count > 1 else shown)
+            lines.append(f"| {' | '.join(row)} |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -204,7 +213,7 @@ def draw(results: dict, path: Path) -> None:
                 [cells[rate][1] for rate in rates],
                 fmt="o-" if method == "c3a" else "s--",
                 capsize=2,
-                label=f"C3A, block {block}" if method == "c3a" else f"LoRA, rank {block}",
+                label=named(method, block),
             )
         ax.set(xscale="log", xlabel="learning rate of the adapter", title=f"{width} features")
         ax.grid(alpha=0.3)

@@ -48,7 +48,8 @@ def test_every_run_is_kept_once_and_the_table_has_all_of_them(rates, tmp_path, c
     assert {run["parameters"] for run in runs if run["block_size"] == 24} == {4 * 24 + 2 * 48}
     assert (tmp_path / "r.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert printed.count("| 24 | C3A, block 12 |") == 2
+    assert "| width | adapter | seeds | rate 0.1 | rate 1 |" in printed
+    assert printed.count("| 24 | C3A, block 12 | 2 | ") == 1
     assert printed.count("**") == 2 * 3  # the best rate of each
 
     more = rates(*SMALL, "--rates", 0.1, 1, 3)
