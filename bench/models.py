@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import nn
 
 import c3a
+import c3a.peft
 from report import Grid, Mark, Result
 from timing import Contenders, Run, threads
 
@@ -29,6 +30,7 @@ QUICK = {**SIZES, "vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 1}
 QUICK |= {"intermediate_size": 96}
 HEAD = "classifier"
 RANK = 8
+ACCELERATED = "PEFT accelerated"
 
 
 def adapted_models(sizes: dict[str, int]) -> dict[str, nn.Module]:
@@ -53,7 +55,10 @@ def adapted_models(sizes: dict[str, int]) -> dict[str, nn.Module]:
         # peft's use of transformers
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         of_peft = [peft.get_peft_model(copy.deepcopy(model), config) for config in (lora, theirs)]
-    return {"head only": model, "C3A": ours, "LoRA": of_peft[0], "PEFT": of_peft[1]}
+    accelerated = copy.deepcopy(of_peft[1])
+    c3a.peft.accelerate(accelerated)
+    models = {"head only": model, "C3A": ours, "LoRA": of_peft[0], "PEFT": of_peft[1]}
+    return {**models, ACCELERATED: accelerated}
 
 
 def step_of(model: nn.Module, sizes: dict[str, int]) -> Callable[[], None]:
@@ -78,7 +83,8 @@ def bench_models(run: Run) -> Result:
     def steps(sizes: dict[str, int]) -> Contenders:
         return {name: step_of(model, sizes) for name, model in adapted_models(sizes).items()}
 
-    return _bench(run, "eager", steps, [("C3A", "LoRA", 0.85)])
+    marks = [("C3A", "LoRA", 0.85), (ACCELERATED, "LoRA", 0.9), (ACCELERATED, "PEFT", 0.6)]
+    return _bench(run, "eager", steps, marks)
 
 
 def bench_compiled(run: Run) -> Result:

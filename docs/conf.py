@@ -69,6 +69,7 @@ _PARTS = {
     "DESIGN.md#the-cuda-library": "cuda.md#the-cuda-library",
     "README.md#the-input-gradient": "from-peft.md#the-input-gradient",
     "README.md#speed-and-memory": "benchmarks.md#speed-and-memory",
+    "docs/from-peft.md#staying-with-peft": "from-peft.md#staying-with-peft",
     "docs": "index.md",
     "examples": "custom-code.md",
 }

@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import doctest
 import io
 import subprocess
 import sys
@@ -715,6 +716,14 @@ def test_dropout_is_the_adapters_and_trainings_alone():
 def test_importing_c3a_imports_no_peft():
     code = "import sys, c3a; assert 'peft' not in sys.modules, 'peft'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_example_runs():
+    (test,) = doctest.DocTestFinder().find(c3a.peft.accelerate, globs={})
+    runner = doctest.DocTestRunner()
+    runner.run(test)
+    assert runner.tries == 5
+    assert runner.failures == 0
 
 
 def test_a_model_is_accelerated_within_a_block_and_again_as_it_was_after_it():

@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:peft")
 def test_the_examples_run_after_a_plain_installation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(blocks("python")) == 6
+    assert len(blocks("python")) == 7
     names: dict = {}
     for block in blocks("python"):
         with monkeypatch.context() as plain:

@@ -64,7 +64,7 @@ def forward(
         shares = shares[1:]
     else:
         y = base(x, *args, **(kwargs or {}))
-        if shares and _private.is_plain(y, x) and x.requires_grad and torch.is_grad_enabled():
+        if shares and x.requires_grad and torch.is_grad_enabled() and _private.is_plain(y, x):
             _look_for_a_cut_graph(base, x, y)
     if dropout:
         x = F.dropout(x, dropout)

@@ -263,6 +263,7 @@ class C3ALinear(nn.Module):
 
     @property
     def dropout(self) -> float:
+        """The probability with which a number of the adapter's input is zeroed in training."""
         return self._dropout
 
     @dropout.setter
