@@ -221,7 +221,7 @@ def draw(results: dict, path: Path) -> None:
     axes[0][-1].legend(fontsize=8)
     setting = results["setting"]
     figure.suptitle(
-        f"Rotten Tomatoes, every linear layer of the last {setting['layers']}, "
+        f"Rotten Tomatoes, every linear layer of the last {setting['layers']} of the encoder, "
         f"{setting['steps']} steps of {setting['batch_size']}",
         fontsize=10,
     )
