@@ -340,6 +340,18 @@ def fsdp_models_merge(_: Path) -> None:
     _is_merged_as_one_process(in_fsdp(patched(), reshard_after_forward=False))
 
 
+def a_shared_weight_is_not_merged_into(_: Path) -> None:
+    """A sharded weight is written in place, which what shares it would see."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    c3a.patch_model(model, ["0"], 4, init="gaussian")
+    fully_shard_of_torch(model, mesh=world())  # one group, in which a shared weight stays one
+    before = whole(model[0].base_layer.weight)
+    with pytest.raises(ValueError, match="c3a: 0: cannot merge: others share its weight"):
+        c3a.merge(model)
+    assert torch.equal(whole(model[0].base_layer.weight), before)
+
+
 def tensor_parallel_models_merge(_: Path) -> None:
     _is_merged_as_one_process(in_tensor_parallel(patched(), world()))
 
@@ -458,6 +470,7 @@ TWO = [
     tensor_parallel_models_save_and_load_adapters,
     the_trainers_callback_saves_what_is_sharded,
     fsdp_models_merge,
+    a_shared_weight_is_not_merged_into,
     tensor_parallel_models_merge,
     prepared_kernels_are_never_stale,
     what_is_sharded_is_not_patched,

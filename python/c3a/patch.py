@@ -578,11 +578,11 @@ def _replace_children(model: nn.Module, replacements: Mapping[int, nn.Module]) -
 
 def _merge_all(model: nn.Module, safe: bool) -> None:
     done = []
-    layers = adapted_layers(model)
-    distributed.reshard(model)
-    weights = [id(t) for t in _tensors(model).values()] if distributed.is_sharded(model) else []
+    inner = unwrapped(model)
+    distributed.reshard(inner)
+    weights = [id(t) for t in _tensors(inner).values()] if distributed.is_sharded(inner) else []
     try:
-        for name, layer in layers.items():
+        for name, layer in adapted_layers(inner).items():
             if weights.count(id(layer.base_layer.weight)) > 1:
                 raise ValueError(
                     f"c3a: {name}: cannot merge: others share its weight, and in a sharded model "
