@@ -25,7 +25,8 @@ def is_dense(base: nn.Module, weight: Tensor) -> bool:
         weight.dtype in SUPPORTED_DTYPES
         and tuple(weight.shape) == weight_shape(base)
         and not hasattr(type(weight), "__tensor_flatten__")
-        and scheme_of(weight) is None
+        # Asked first, since a compiler cannot follow the other question.
+        and (type(weight) is nn.Parameter or scheme_of(weight) is None)
     )
 
 

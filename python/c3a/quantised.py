@@ -29,11 +29,8 @@ class Scheme(NamedTuple):
 
 def scheme_of(weight: object) -> Scheme | None:
     """Return the scheme of a weight, or None where it is not quantised or not known."""
-    for cls in type(weight).__mro__:
-        found = _SCHEMES.get((cls.__module__.partition(".")[0], cls.__name__))
-        if found:
-            return found
-    return None
+    cls = type(weight)
+    return _SCHEMES.get((cls.__module__.partition(".")[0], cls.__name__))
 
 
 # torchao's tensors
