@@ -146,7 +146,7 @@ struct Run {
   int64_t kernel, first, count;
 };
 
-// All tokens, by kernel and then by place. `index` has an entry for each row of them.
+// All tokens as they lie. `index` has an entry for each row of them.
 std::vector<Run> runs_of(const Tensor& index, int64_t tokens) {
   const int64_t rows = index.size(0), each = tokens / rows;
   const int64_t* kernel = static_cast<const int64_t*>(index.const_data_ptr());
@@ -158,6 +158,12 @@ std::vector<Run> runs_of(const Tensor& index, int64_t tokens) {
       runs.push_back({kernel[r], r * each, each});
     }
   }
+  return runs;
+}
+
+// Runs that have a kernel, by kernel and then by place.
+std::vector<Run> by_kernel(std::vector<Run> runs) {
+  std::erase_if(runs, [](const Run& run) { return run.kernel < 0; });
   std::stable_sort(
       runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.kernel < b.kernel; });
   return runs;
@@ -166,9 +172,8 @@ std::vector<Run> runs_of(const Tensor& index, int64_t tokens) {
 // The kernels that runs take, in order.
 std::vector<int64_t> kernels_of(const std::vector<Run>& runs) {
   std::vector<int64_t> kernels;
-  for (const Run& run : runs) {
-    const bool is_new = kernels.empty() || kernels.back() != run.kernel;
-    if (run.kernel >= 0 && is_new) kernels.push_back(run.kernel);
+  for (const Run& run : by_kernel(runs)) {
+    if (kernels.empty() || kernels.back() != run.kernel) kernels.push_back(run.kernel);
   }
   return kernels;
 }
@@ -235,6 +240,11 @@ class Tiles {
   // Numbers of a kernel's spectra.
   int64_t spectra_size() const { return f_.slots() * 2 * p_.m * p_.n; }
 
+  int64_t kernels_at_once() const {
+    const int64_t bytes = spectra_size() * static_cast<int64_t>(sizeof(S));
+    return std::max<int64_t>(1, kCacheBytes * torch::stable::get_num_threads() / bytes);
+  }
+
   // Spectra times scale and what the transforms leave: of kernels `which` of w (kernels, m, n, b),
   // or where `transposed` of the matrices that those of w (kernels, n, m, b) are transposed of.
   Tensor spectra(
@@ -282,34 +292,45 @@ class Tiles {
         });
   }
 
-  // The same for runs of tokens, each with the spectra w_hat(kernel); without a kernel, out = base.
+  // The same for runs of tokens, as they lie, each with the spectra w_hat(kernel); without a
+  // kernel, out = base.
   template <class F>
   void convolve_runs(
       const Tensor& in, const std::vector<Run>& runs, const F& w_hat, const Tensor* base,
       const Tensor& out) const {
+    if (runs.empty()) return;
     const Convolved c(*this, in, base, out);
-    std::vector<int64_t> ends;  // of runs, if they lay one after another
+    std::vector<int64_t> ends;  // of runs, if nothing lay between them
     int64_t tokens = 0, longest = 0;
     for (const Run& run : runs) {
       ends.push_back(tokens += run.count);
       longest = std::max(longest, run.count);
     }
-    int64_t bytes = 0;
+    int64_t bytes = packed_bytes(packed_tile());
     for (const Lanes lanes : {Lanes::tokens, Lanes::blocks}) {
       bytes = std::max(bytes, with(longest, lanes).convolution_bytes());
     }
     parallel(
         tokens, grain((p_.n + p_.m) * p_.b), bytes, [&](int64_t begin, int64_t end, char* memory) {
           size_t r = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-          for (; begin < end; ++r) {
-            const int64_t count = std::min(ends[r], end) - begin;
-            const int64_t first = runs[r].first + runs[r].count - (ends[r] - begin);
-            if (runs[r].kernel < 0) {
-              c.pass(first, count);
-            } else {
-              with(count).convolve_tokens(c, w_hat(runs[r].kernel), first, first + count, memory);
+          while (begin < end) {
+            const size_t first = r;
+            int64_t stop = std::min(ends[r], end);
+            const int64_t t = runs[r].first + runs[r].count - (ends[r] - begin);
+            while (stop < end && is_packed(runs[r]) && is_packed(runs[r + 1]) &&
+                   runs[r + 1].first == runs[r].first + runs[r].count) {
+              stop = std::min(ends[++r], end);
             }
-            begin += count;
+            const int64_t count = stop - begin;
+            if (runs[first].kernel < 0) {
+              c.pass(t, count);
+            } else if (is_packed(runs[first])) {
+              convolve_packed(c, &runs[first], w_hat, t, t + count, memory);
+            } else {
+              with(count).convolve_tokens(c, w_hat(runs[first].kernel), t, t + count, memory);
+            }
+            begin = stop;
+            ++r;
           }
         });
   }
@@ -340,7 +361,6 @@ class Tiles {
     std::vector<Tile> tiles;
     std::vector<Share> shares;
     for (const Run& run : runs) {
-      if (run.kernel < 0) continue;
       const int64_t begin = static_cast<int64_t>(tiles.size());
       if (shares.empty() || shares.back().kernel != run.kernel) {
         shares.push_back({run.kernel, begin, begin, 0});
@@ -430,6 +450,8 @@ class Tiles {
   // The spectra of a tile of tokens, on both sides of a product: a share of a second-level cache
   // that leaves room for the kernel's spectra and the tiles that are on their way.
   static constexpr int64_t kTileBytes = 128 * 1024;
+  // Kernels' spectra that are made for one call with many: what is left of that cache.
+  static constexpr int64_t kCacheBytes = 512 * 1024;
   // Fewer are not worth a sum of their own.
   static constexpr int64_t kPartTokens = 64;
 
@@ -481,8 +503,10 @@ class Tiles {
 
   // The way that fills lanes better, where tokens would fill so much of them.
   void choose_lanes(double by_tokens) {
-    const double blocks = (p_.m * filled(p_.m) + p_.n * filled(p_.n)) / (p_.m + p_.n);
-    lanes_ = blocks >= 0.95 * by_tokens ? Lanes::blocks : Lanes::tokens;
+    lanes_ = filled_by_blocks() >= 0.95 * by_tokens ? Lanes::blocks : Lanes::tokens;
+  }
+  double filled_by_blocks() const {
+    return (p_.m * filled(p_.m) + p_.n * filled(p_.n)) / (p_.m + p_.n);
   }
 
   int64_t convolved_tile() const { return tile_tokens(2 * kTileBytes, 2); }
@@ -506,6 +530,72 @@ class Tiles {
       transform(c.in, t, count, p_.n, in_hat, scratch, ahead);
       multiply(p_, count, in_hat, w_hat, out_hat, ahead);
       transform_back(out_hat, t, count, p_.m, c.out, c.base, scratch, ahead);
+    }
+  }
+
+  // Runs that would leave lanes empty either way are packed: lanes are all blocks of all tokens,
+  // which lie one after another, and each token is multiplied by itself.
+  bool is_packed(const Run& run) const {
+    constexpr double kEnough = 0.7;
+    return run.kernel >= 0 && std::max(filled(run.count), filled_by_blocks()) < kEnough;
+  }
+  int64_t packed_tile() const {
+    const int64_t bytes = (p_.m + p_.n) * p_.b * static_cast<int64_t>(sizeof(T));
+    return std::clamp<int64_t>(2 * kTileBytes / bytes, 1, 64);
+  }
+  // The spectra of so many blocks of `tokens` tokens; a token's may be written a vector at a time.
+  template <class N>
+  Spectra<N> packed_slab(char* data, int64_t blocks, int64_t tokens) const {
+    const int64_t columns = (tokens - 1) * blocks + round_up(blocks, k_.lanes);
+    return slab_of<N>(data, /* rows= */ 1, round_up(columns, k_.lanes));
+  }
+  int64_t packed_bytes(int64_t tokens) const {
+    const auto bytes = [&]<class N>(const Spectra<N>& s) {
+      return round_up(f_.slots() * (s.slot + 2 * k_.lanes) * static_cast<int64_t>(sizeof(N)), 64);
+    };
+    return scratch_bytes() + bytes(packed_slab<S>(nullptr, p_.n, tokens)) +
+           bytes(packed_slab<T>(nullptr, p_.m, tokens));
+  }
+
+  // convolve_tokens() for tokens of packed runs, from the one on in which t lies.
+  template <class F>
+  void convolve_packed(
+      const Convolved& c, const Run* run, const F& w_hat, int64_t t, int64_t last,
+      char* memory) const {
+    const int64_t tile = packed_tile();
+    T* scratch = reinterpret_cast<T*>(memory);
+    for (; t < last; t += tile) {
+      const int64_t count = std::min(tile, last - t);
+      const Spectra<S> in_hat = packed_slab<S>(memory + scratch_bytes(), p_.n, count);
+      char* behind = reinterpret_cast<char*>(in_hat.data + f_.slots() * in_hat.slot);
+      const Spectra<T> out_hat =
+          packed_slab<T>(memory + round_up(behind - memory, 64), p_.m, count);
+      Ahead ahead{c.out.range(t, count), c.in.range(t + tile, std::min(tile, last - t - tile))};
+      k_.analyse(
+          f_, {c.in.at(t, 0), c.in.type, 0, p_.b}, 1, count * p_.n, /* factor= */ T{1},
+          Role::activations, in_hat, scratch, ahead);
+      for (int64_t of_run = t; of_run < t + count;) {
+        while (of_run >= run->first + run->count) ++run;
+        // Rows are written in order, and each overwrites what is behind the one before: of more
+        // than one vector only one by one.
+        const int64_t all = std::min(run->first + run->count, t + count) - of_run;
+        const int64_t rows = p_.m <= k_.lanes ? all : 1;
+        const int64_t at = of_run - t;
+        k_.multiply(
+            {f_.slots(),
+             rows,
+             p_.n,
+             p_.m,
+             {in_hat.data + at * p_.n, in_hat.slot, p_.n, 1, in_hat.row - in_hat.width},
+             {w_hat(run->kernel), 2 * p_.n * p_.m, 2 * p_.m, 1, p_.m},
+             {out_hat.data + at * p_.m, out_hat.slot, p_.m, 1, out_hat.width},
+             Weights::right,
+             /* accumulate= */ false},
+            ahead);
+        of_run += rows;
+      }
+      const Results to{c.out.at(t, 0), c.base ? c.base->at(t, 0) : nullptr, c.out.type, 0, p_.b};
+      k_.synthesise(f_, out_hat, 1, count * p_.m, to, scratch, ahead);
     }
   }
 
@@ -567,10 +657,14 @@ class Tiles {
   template <class N>
   Spectra<N> slab(char* data, int64_t blocks, int64_t tokens) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
-    const int64_t width = round_up(by_blocks ? blocks : tokens, k_.lanes);
+    return slab_of<N>(
+        data, by_blocks ? tokens : blocks, round_up(by_blocks ? blocks : tokens, k_.lanes));
+  }
+  template <class N>
+  Spectra<N> slab_of(char* data, int64_t rows, int64_t width) const {
     const int64_t row = std::is_same_v<N, Pair> ? width : 2 * width;
     // Slots a multiple of 4096 bytes apart would all fall into the same few lines of a cache.
-    const int64_t size = (by_blocks ? tokens : blocks) * row;
+    const int64_t size = rows * row;
     const int64_t pad = size * static_cast<int64_t>(sizeof(N)) % 4096 == 0 ? 2 * k_.lanes : 0;
     return {reinterpret_cast<N*>(data), size + pad, row, width};
   }
@@ -773,9 +867,8 @@ struct Cpu {
   static void convolve(const Convolution& c) {
     const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::convolve(c);
-    const std::vector<Run> runs =
-        c.index ? runs_of(*c.index, c.p.tokens) : std::vector<Run>{{0, 0, c.p.tokens}};
-    const std::vector<int64_t> used = kernels_of(runs);
+    const std::vector<Run> runs = c.index ? runs_of(*c.index, c.p.tokens) : std::vector<Run>{};
+    const std::vector<int64_t> used = c.index ? kernels_of(runs) : std::vector<int64_t>{0};
     const bool prepared = c.form == Form::prepared;
     // Of prepared kernels, one tells of all.
     const bool pairs =
@@ -783,21 +876,42 @@ struct Cpu {
                  : by_pairs({c.in.scalar_type(), c.out.scalar_type()});
     with_types(compute_type({c.in, c.kernel, c.out}), pairs, [&]<class T, class S>() {
       const Tiles<T, S> tiles(c.p, *plan);
-      const Tensor w_hat =
-          prepared ? c.kernel
-                   : tiles.spectra(operand<T>(c.kernel), used, c.form == Form::transposed, c.scale);
-      const S* numbers = Tiles<T, S>::numbers(w_hat);
-      const auto of_kernel = [&](int64_t kernel) {
-        if (prepared)
-          return numbers + kernel * c.p.m * c.p.n * prepared_length(c.p.m, c.p.n, c.p.b, true);
-        const int64_t place = std::lower_bound(used.begin(), used.end(), kernel) - used.begin();
-        return numbers + place * tiles.spectra_size();
-      };
+      const Tensor in = operand<T>(c.in), kernel = prepared ? c.kernel : operand<T>(c.kernel);
+      const bool transposed = c.form == Form::transposed;
       filled_in<T>(c.out, [&](Tensor& out) {
-        const Tensor base = c.base ? operand<T>(*c.base) : out, in = operand<T>(c.in);
+        const Tensor base = c.base ? operand<T>(*c.base) : out;
         const Tensor* onto = c.base ? &base : nullptr;
-        c.index ? tiles.convolve_runs(in, runs, of_kernel, onto, out)
-                : tiles.convolve(in, of_kernel(0), onto, out);
+        if (!c.index) {
+          const Tensor w_hat = prepared ? kernel : tiles.spectra(kernel, used, transposed, c.scale);
+          tiles.convolve(in, Tiles<T, S>::numbers(w_hat), onto, out);
+        } else if (prepared) {
+          const int64_t stride = c.p.m * c.p.n * prepared_length(c.p.m, c.p.n, c.p.b, true);
+          const S* w_hat = Tiles<T, S>::numbers(kernel);
+          const auto of_kernel = [&](int64_t which) { return w_hat + which * stride; };
+          tiles.convolve_runs(in, runs, of_kernel, onto, out);
+        } else {
+          // As many at once as the threads' second-level caches hold until they are used.
+          const int64_t most = tiles.kernels_at_once();
+          const int64_t count = static_cast<int64_t>(used.size());
+          const auto some_of = [&](int64_t first, int64_t last) {
+            std::vector<Run> some;
+            std::copy_if(runs.begin(), runs.end(), std::back_inserter(some), [&](const Run& run) {
+              return first <= run.kernel && run.kernel < last;
+            });
+            return some;
+          };
+          const auto no_kernel = [](int64_t) { return static_cast<const S*>(nullptr); };
+          tiles.convolve_runs(in, some_of(-1, 0), no_kernel, onto, out);
+          for (int64_t from = 0; from < count; from += most) {
+            const auto which = std::span(used).subspan(from, std::min(most, count - from));
+            const Tensor w_hat = tiles.spectra(kernel, which, transposed, c.scale);
+            const auto of_kernel = [&](int64_t one) {
+              const auto place = std::lower_bound(which.begin(), which.end(), one) - which.begin();
+              return Tiles<T, S>::numbers(w_hat) + place * tiles.spectra_size();
+            };
+            tiles.convolve_runs(in, some_of(which.front(), which.back() + 1), of_kernel, onto, out);
+          }
+        }
       });
     });
   }
@@ -806,7 +920,7 @@ struct Cpu {
     const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::gradients(c);
     const std::vector<Run> runs =
-        c.index ? runs_of(*c.index, c.p.tokens) : std::vector<Run>{{0, 0, c.p.tokens}};
+        c.index ? by_kernel(runs_of(*c.index, c.p.tokens)) : std::vector<Run>{{0, 0, c.p.tokens}};
     const ScalarType type =
         c.w ? compute_type({c.g, c.x, *c.w, *c.dx}) : compute_type({c.g, c.x, c.dw});
     const bool pairs = by_pairs({c.g.scalar_type(), c.x.scalar_type()});
