@@ -83,19 +83,19 @@ class _SavedOfMany(NamedTuple):
     adapters: int
     block_size: int
     scale: float
-    index: Tensor | None = None
+    rows: Tensor | None = None  # the index
 
     def convolve(self, x: Tensor, w: Tensor) -> Tensor:
-        y: Tensor = _MANY(x, w, self.index, self.scale)
+        y: Tensor = _MANY(x, w, self.rows, self.scale)
         return y
 
     def input_grad(self, g: Tensor, w: Tensor) -> Tensor:
-        dx: Tensor = _MANY_INPUT_GRAD(g, w, self.index, self.scale)
+        dx: Tensor = _MANY_INPUT_GRAD(g, w, self.rows, self.scale)
         return dx
 
     def kernel_grad(self, g: Tensor, x: Tensor) -> Tensor:
         dw: Tensor = _MANY_KERNEL_GRAD(
-            g, x, self.index, self.adapters, self.block_size, self.dtypes[1], self.scale
+            g, x, self.rows, self.adapters, self.block_size, self.dtypes[1], self.scale
         )
         return dw
 
@@ -129,7 +129,8 @@ class Bilinear:
         return kept, _Saved((a.dtype, b.dtype), block_size, constants[-1])
 
     def gradients(self, h: Tensor, kept: _Args, saved: Any, wanted: _Wanted) -> _Two:
-        return self.vjp(h, *kept, wanted, saved)
+        a, b = kept
+        return self.vjp(h, a, b, wanted, saved)
 
     def tangents(
         self, args: Sequence[Any], a_dot: Tensor | None, b_dot: Tensor | None, *_constants: None
@@ -147,13 +148,13 @@ class BilinearOfMany(Bilinear):
 
     def save(self, needs: _Wanted, args: _Args) -> tuple[_Args, _SavedOfMany]:
         a, b, index, *constants = args
-        sizes = constants[:2] if len(constants) > 1 else (b.shape[0], b.shape[-1])
+        adapters, block_size = constants[:2] if len(constants) > 1 else (b.shape[0], b.shape[-1])
         kept = (a if needs[1] else None, b if needs[0] else None, index)
-        return kept, _SavedOfMany((a.dtype, b.dtype), *sizes, constants[-1])
+        return kept, _SavedOfMany((a.dtype, b.dtype), adapters, block_size, constants[-1])
 
     def gradients(self, h: Tensor, kept: _Args, saved: _SavedOfMany, wanted: _Wanted) -> _Two:
         a, b, index = kept
-        return self.vjp(h, a, b, wanted, saved._replace(index=index))
+        return self.vjp(h, a, b, wanted, saved._replace(rows=index))
 
 
 @dataclass(frozen=True, eq=False)  # a key of dictionaries: itself, quickly
