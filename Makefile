@@ -74,7 +74,7 @@ test: $(PY)
 	$(PY) -m pytest
 
 # What depends on the level.
-OF_LEVELS := $(patsubst %,tests/test_%.py,cpu fuzz linear node operator prepared rules stress weight)
+OF_LEVELS := $(patsubst %,tests/test_%.py,cpu fuzz linear many node operator prepared rules stress weight)
 
 levels:
 	! grep -qw avx512_bf16 /proc/cpuinfo || C3A_CPU_LEVEL=x86-64-v4 $(PY) -m pytest $(OF_LEVELS)
@@ -101,7 +101,7 @@ WATCHED = $(call PACKAGE_OF,$(SANITIZED)) $(ADDRESS) $(PYTEST_THERE)
 sanitize:
 	rm -rf $(SANITIZED)
 	C3A_SANITIZE=address C3A_CUDA=OFF C3A_PYBIND=OFF $(INSTALL) --no-deps --target $(SANITIZED) .
-	$(WATCHED) tests/test_cpu.py tests/test_operator.py tests/test_prepared.py
+	$(WATCHED) tests/test_cpu.py tests/test_operator.py tests/test_prepared.py tests/test_many.py
 	! grep -qw avx512_bf16 /proc/cpuinfo || C3A_CPU_LEVEL=x86-64-v4 $(WATCHED) tests/test_cpu.py
 	C3A_CPU_LEVEL=x86-64-v3 $(WATCHED) tests/test_cpu.py
 	C3A_CPU_LEVEL=x86-64-v2 $(WATCHED) tests/test_cpu.py
@@ -115,6 +115,7 @@ emulated:
 	$(MAKE) --jobs 2 $(addprefix emulated-,OFF address thread)
 	$(call EMULATED_AT,OFF) $(PYTEST_THERE) tests/test_cuda.py tests/test_cuda_emulation.py \
 		tests/test_operator.py tests/test_errors.py tests/test_rules.py tests/test_prepared.py \
+		tests/test_many.py \
 		tests/test_linear.py tests/test_node.py tests/test_patch.py
 	C3A_EMULATION_SEED=1 $(call EMULATED_AT,OFF) $(PYTEST_THERE) tests/test_cuda.py -k tiny
 	$(call EMULATED_AT,address) $(ADDRESS) $(PYTEST_THERE) tests/test_cuda.py tests/test_operator.py

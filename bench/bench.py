@@ -28,6 +28,7 @@ import gpu
 import report
 from layers import bench_layers, bench_small, bench_sweep
 from levels import bench_levels
+from many import bench_many
 from memory import bench_memory
 from models import bench_compiled, bench_models
 from operators import bench_shapes, bench_sweeps, bench_threads
@@ -47,6 +48,7 @@ PARTS = {
     "compiled": Part(bench_compiled, 4, "the encoder's step, compiled"),
     "memory": Part(bench_memory, 0.5, "bytes saved, peaks of layers and of steps"),
     "threads": Part(bench_threads, 0.2, "the operator, one thread against two"),
+    "many": Part(bench_many, 0.5, "64 adapters in one batch, gradients of each sample"),
     "levels": Part(bench_levels, 0.5, "the operator, x86-64-v3 against v4"),
     "operator": Part(bench_shapes, 0.7, "the operator against its peers"),
     "sizes": Part(bench_sweeps, 1.5, "the operator over block sizes and tokens"),

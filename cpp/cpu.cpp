@@ -12,6 +12,8 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
+#include <span>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -139,6 +141,43 @@ struct Blocked {
 
 enum class Lanes { tokens, blocks };
 
+// Tokens, one after another, that take one kernel of a stack; none: -1.
+struct Run {
+  int64_t kernel, first, count;
+};
+
+// All tokens as they lie. `index` has an entry for each row of them.
+std::vector<Run> runs_of(const Tensor& index, int64_t tokens) {
+  const int64_t rows = index.size(0), each = tokens / rows;
+  const int64_t* kernel = static_cast<const int64_t*>(index.const_data_ptr());
+  std::vector<Run> runs;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!runs.empty() && runs.back().kernel == kernel[r]) {
+      runs.back().count += each;
+    } else {
+      runs.push_back({kernel[r], r * each, each});
+    }
+  }
+  return runs;
+}
+
+// Runs that have a kernel, by kernel and then by place.
+std::vector<Run> by_kernel(std::vector<Run> runs) {
+  std::erase_if(runs, [](const Run& run) { return run.kernel < 0; });
+  std::stable_sort(
+      runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.kernel < b.kernel; });
+  return runs;
+}
+
+// The kernels that runs take, in order.
+std::vector<int64_t> kernels_of(const std::vector<Run>& runs) {
+  std::vector<int64_t> kernels;
+  for (const Run& run : by_kernel(runs)) {
+    if (kernels.empty() || kernels.back() != run.kernel) kernels.push_back(run.kernel);
+  }
+  return kernels;
+}
+
 // Memory of torch's allocator. By the one function of the ABI that does not go through boxes of
 // the dispatcher: at a few tokens those take longer than the arithmetic.
 Tensor memory_for(int64_t numbers, ScalarType type) {
@@ -189,147 +228,417 @@ class Tiles {
   static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
   Tiles(const Problem& problem, const Plan& plan)
-      : p_(problem), f_(plan.transform<T>()), k_(kernel<T, S>()), lanes_(choose()) {}
+      : p_(problem), f_(plan.transform<T>()), k_(kernel<T, S>()) {
+    choose_lanes(filled(p_.tokens));
+  }
 
-  // Spectra times scale and what the transforms leave: of w (m, n, b), or where `transposed` of the
-  // matrix that w (n, m, b) is the transposed one of.
-  Tensor spectra(const Tensor& w, bool transposed, double scale) const {
+  template <class N = S>
+  static N* numbers(const Tensor& t) {
+    return static_cast<N*>(t.data_ptr());
+  }
+
+  // Numbers of a kernel's spectra.
+  int64_t spectra_size() const { return f_.slots() * 2 * p_.m * p_.n; }
+
+  int64_t kernels_at_once() const {
+    const int64_t bytes = spectra_size() * static_cast<int64_t>(sizeof(S));
+    return std::max<int64_t>(1, kCacheBytes * torch::stable::get_num_threads() / bytes);
+  }
+
+  // Spectra times scale and what the transforms leave: of kernels `which` of w (kernels, m, n, b),
+  // or where `transposed` of the matrices that those of w (kernels, n, m, b) are transposed of.
+  Tensor spectra(
+      const Tensor& w, std::span<const int64_t> which, bool transposed, double scale) const {
+    const int64_t count = static_cast<int64_t>(which.size());
     // The last vector may be read beyond the end.
-    const Tensor w_hat = memory_for(f_.slots() * 2 * p_.m * p_.n + k_.lanes, kType);
-    fill_spectra(Blocked(w, 1, p_.b), transposed, scale, numbers(w_hat));
+    const Tensor w_hat = memory_for(count * spectra_size() + k_.lanes, kType);
+    fill_spectra(w, which, transposed, scale, numbers(w_hat), spectra_size());
     return w_hat;
   }
 
-  void fill_spectra(const Blocked& w, bool transposed, double scale, S* w_hat) const {
+  void fill_spectra(
+      const Tensor& w, std::span<const int64_t> which, bool transposed, double scale, S* w_hat,
+      int64_t stride) const {
+    const Blocked kernels(w, p_.m * p_.n, p_.b);
     const int64_t row = transposed ? p_.m * p_.b : p_.b, column = transposed ? p_.b : p_.n * p_.b;
-    const Spectra<S> out{w_hat, p_.n * 2 * p_.m, 2 * p_.m, p_.m};
     const Role role = transposed ? Role::transposed_weights : Role::weights;
     const T factor = static_cast<T>(scale) / f_.gain();
     parallel(
-        p_.n, grain(p_.m * p_.b), sizeof(T) * f_.scratch(k_.lanes),
-        [&](int64_t begin, int64_t end, char* scratch) {
-          const Signals part{w.data + begin * row * bytes_of(w.type), w.type, row, column};
-          const Spectra<S> to{out.data + begin * out.row, out.slot, out.row, out.width};
-          Ahead nothing{};
-          k_.analyse(
-              f_, part, end - begin, p_.m, factor, role, to, reinterpret_cast<T*>(scratch),
-              nothing);
+        static_cast<int64_t>(which.size()) * p_.n, grain(p_.m * p_.b),
+        sizeof(T) * f_.scratch(k_.lanes), [&](int64_t begin, int64_t end, char* scratch) {
+          while (begin < end) {
+            const int64_t kernel = begin / p_.n, j = begin % p_.n;
+            const int64_t count = std::min(p_.n - j, end - begin);
+            const char* from = kernels.at(which[kernel], 0) + j * row * bytes_of(kernels.type);
+            const Spectra<S> to{
+                w_hat + kernel * stride + j * 2 * p_.m, p_.n * 2 * p_.m, 2 * p_.m, p_.m};
+            Ahead nothing{};
+            k_.analyse(
+                f_, {from, kernels.type, row, column}, count, p_.m, factor, role, to,
+                reinterpret_cast<T*>(scratch), nothing);
+            begin += count;
+          }
         });
   }
 
   // out = base + in w
-  void convolve(
-      const Tensor& in, const Tensor& w_hat, const Tensor* base, const Tensor& out) const {
-    const Blocked from(in, p_.n, p_.b), to(out, p_.m, p_.b);
-    const int64_t tile = tile_tokens(2 * kTileBytes, 2);
-    const int64_t in_size = slab_bytes<S>(p_.n, tile), out_size = slab_bytes<T>(p_.m, tile);
+  void convolve(const Tensor& in, const S* w_hat, const Tensor* base, const Tensor& out) const {
+    const Convolved c(*this, in, base, out);
+    const int64_t tile = convolved_tile();
     parallel(
-        (p_.tokens + tile - 1) / tile, grain(tile * (p_.n + p_.m) * p_.b),
-        scratch_bytes() + in_size + out_size, [&](int64_t begin, int64_t end, char* memory) {
-          T* scratch = reinterpret_cast<T*>(memory);
-          char* in_slab = memory + scratch_bytes();
-          const int64_t last = std::min(end * tile, p_.tokens);
-          for (int64_t t = begin * tile; t < last; t += tile) {
-            const int64_t count = std::min(tile, last - t);
-            const Spectra<S> in_hat = slab<S>(in_slab, p_.n, count);
-            const Spectra<T> out_hat = slab<T>(in_slab + in_size, p_.m, count);
-            Ahead ahead{to.range(t, count), from.range(t + tile, std::min(tile, last - t - tile))};
-            transform(from, t, count, p_.n, in_hat, scratch, ahead);
-            multiply(p_, count, in_hat, w_hat, out_hat, ahead);
-            transform_back(out_hat, t, count, p_.m, to, base, scratch, ahead);
+        (p_.tokens + tile - 1) / tile, grain(tile * (p_.n + p_.m) * p_.b), convolution_bytes(),
+        [&](int64_t begin, int64_t end, char* memory) {
+          convolve_tokens(c, w_hat, begin * tile, std::min(end * tile, p_.tokens), memory);
+        });
+  }
+
+  // The same for runs of tokens, as they lie, each with the spectra w_hat(kernel); without a
+  // kernel, out = base.
+  template <class F>
+  void convolve_runs(
+      const Tensor& in, const std::vector<Run>& runs, const F& w_hat, const Tensor* base,
+      const Tensor& out) const {
+    if (runs.empty()) return;
+    const Convolved c(*this, in, base, out);
+    std::vector<int64_t> ends;  // of runs, if nothing lay between them
+    int64_t tokens = 0, longest = 0;
+    for (const Run& run : runs) {
+      ends.push_back(tokens += run.count);
+      longest = std::max(longest, run.count);
+    }
+    int64_t bytes = packed_bytes(packed_tile());
+    for (const Lanes lanes : {Lanes::tokens, Lanes::blocks}) {
+      bytes = std::max(bytes, with(longest, lanes).convolution_bytes());
+    }
+    parallel(
+        tokens, grain((p_.n + p_.m) * p_.b), bytes, [&](int64_t begin, int64_t end, char* memory) {
+          size_t r = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+          while (begin < end) {
+            const size_t first = r;
+            int64_t stop = std::min(ends[r], end);
+            const int64_t t = runs[r].first + runs[r].count - (ends[r] - begin);
+            while (stop < end && is_packed(runs[r]) && is_packed(runs[r + 1]) &&
+                   runs[r + 1].first == runs[r].first + runs[r].count) {
+              stop = std::min(ends[++r], end);
+            }
+            const int64_t count = stop - begin;
+            if (runs[first].kernel < 0) {
+              c.pass(t, count);
+            } else if (is_packed(runs[first])) {
+              convolve_packed(c, &runs[first], w_hat, t, t + count, memory);
+            } else {
+              with(count).convolve_tokens(c, w_hat(runs[first].kernel), t, t + count, memory);
+            }
+            begin = stop;
+            ++r;
           }
         });
   }
 
-  // dw, and dx if it is given: then with the spectra of the transposed matrix, onto a base if given
+  // Lanes that suit runs, most of which may be shorter than a vector.
+  Tiles for_runs(const std::vector<Run>& runs) const {
+    int64_t longest = 1, tokens = 0, lanes = 0;
+    for (const Run& run : runs) {
+      longest = std::max(longest, run.count);
+      tokens += run.count;
+      lanes += round_up(run.count, k_.lanes);
+    }
+    Tiles tiles = *this;
+    tiles.p_.tokens = longest;
+    tiles.choose_lanes(static_cast<double>(tokens) / static_cast<double>(lanes));
+    return tiles;
+  }
+
+  // dw (kernels, m, n, b), each the sum over its runs' tokens, or zero; and dx if it is given: then
+  // with the spectra of the transposed matrix, onto a base if given
   void gradients(
-      const Tensor& g, const Tensor& x, double scale, const Tensor& dw, const Tensor* w_hat,
-      const Tensor* dx, const Tensor* base) const {
-    const Blocked in_g(g, p_.m, p_.b), in_x(x, p_.n, p_.b);
+      const Tensor& g, const Tensor& x, double scale, const Tensor& dw,
+      const std::vector<Run>& runs, const S* w_hat, const Tensor* dx, const Tensor* base) const {
     const int64_t tile = tile_tokens((lanes_ == Lanes::blocks ? 2 : 4) * kTileBytes, 8);
-    const int64_t tiles = (p_.tokens + tile - 1) / tile;
-    const int64_t g_size = slab_bytes<S>(p_.m, tile);
-    // x's spectra take the place of dx's.
-    const int64_t x_size = std::max(slab_bytes<S>(p_.n, tile), slab_bytes<T>(p_.n, tile));
+    struct Share {  // of one kernel: tiles [first, last)
+      int64_t kernel, first, last, tokens;
+    };
+    std::vector<Tile> tiles;
+    std::vector<Share> shares;
+    for (const Run& run : runs) {
+      const int64_t begin = static_cast<int64_t>(tiles.size());
+      if (shares.empty() || shares.back().kernel != run.kernel) {
+        shares.push_back({run.kernel, begin, begin, 0});
+      }
+      for (int64_t t = 0; t < run.count; t += tile) {
+        tiles.push_back({run.first + t, std::min(tile, run.count - t)});
+      }
+      shares.back().last = static_cast<int64_t>(tiles.size());
+      shares.back().tokens += run.count;
+    }
+
+    const Blocked kernels(dw, p_.m * p_.n, p_.b);
+    int64_t next = 0;
+    const auto zeros_until = [&](int64_t kernel) {
+      const Range range = kernels.range(next, kernel - next);
+      std::memset(kernels.at(next, 0), 0, range.end - range.begin);
+      next = kernel + 1;
+    };
+    for (const Share& share : shares) zeros_until(share.kernel);
+    zeros_until(dw.numel() / kernels.row);
+
     const int64_t width = lanes_ == Lanes::blocks ? round_up(p_.n, k_.lanes) : p_.n;
     const int64_t size = f_.slots() * p_.m * 2 * width;
-    // Parts of the tokens, one of them a thread's, are summed apart, then in order. Their number
-    // depends on the shape alone, and so does the result.
-    const int64_t most = 8 * 1024 * 1024 / (size * sizeof(T));
-    const int64_t parts =
-        std::max<int64_t>(1, std::min({p_.tokens / kPartTokens, tiles, most, int64_t{16}}));
-    const Tensor sums = memory_for(parts * size, kType);
-    T* sum = numbers<T>(sums);
-    const auto spectra_of_part = [&](int64_t part) {
-      return Spectra<T>{sum + part * size, p_.m * 2 * width, 2 * width, width};
-    };
-    parallel(
-        parts, grain(p_.tokens * (p_.m + p_.n) * p_.b / parts), scratch_bytes() + g_size + x_size,
-        [&](int64_t begin, int64_t end, char* memory) {
-          T* scratch = reinterpret_cast<T*>(memory);
-          char* g_slab = memory + scratch_bytes();
-          char* x_slab = g_slab + g_size;
-          for (int64_t part = begin; part < end; ++part) {
-            const int64_t first = part * tiles / parts, last = (part + 1) * tiles / parts;
-            for (int64_t i = first; i < last; ++i) {
-              const int64_t t = i * tile, count = std::min(tile, p_.tokens - t);
-              const Spectra<S> g_hat = slab<S>(g_slab, p_.m, count);
-              const Spectra<S> x_hat = slab<S>(x_slab, p_.n, count);
-              Ahead ahead{{}, in_x.range(t, count)};
-              if (dx) ahead.soon = Blocked(*dx, p_.n, p_.b).range(t, count);
-              transform(in_g, t, count, p_.m, g_hat, scratch, ahead);
-              if (dx) {
-                const Spectra<T> dx_hat = slab<T>(x_slab, p_.n, count);
-                multiply(p_.transposed(), count, g_hat, *w_hat, dx_hat, ahead);
-                transform_back(
-                    dx_hat, t, count, p_.n, Blocked(*dx, p_.n, p_.b), base, scratch, ahead);
-              }
-              if (i + 1 < last)
-                ahead = {in_g.range(t + tile, std::min(tile, p_.tokens - t - tile)), {}};
-              transform(in_x, t, count, p_.n, x_hat, scratch, ahead);
-              add_products(count, g_hat, x_hat, spectra_of_part(part), i != first, ahead);
-            }
-          }
-        });
-    const T factor = static_cast<T>(scale) / f_.gain();
-    torch::stable::parallel_for(0, size, grain(parts), [&](int64_t begin, int64_t end) {
-      constexpr int64_t kSome = 1024;
-      for (; begin < end; begin += kSome) {
-        const int64_t count = std::min(kSome, end - begin);
-        T* total = sum + begin;
-        for (int64_t part = 1; part < parts; ++part) {
-          const T* more = total + part * size;
-          for (int64_t e = 0; e < count; ++e) total[e] += more[e];
+    // Parts of a kernel's tokens, one of them a thread's, are summed apart, then in order. Their
+    // number depends on the shape and the runs alone, and so does the result.
+    const int64_t fit = std::max<int64_t>(1, 8 * 1024 * 1024 / (size * sizeof(T)));
+    const int64_t all = static_cast<int64_t>(shares.size());
+    for (int64_t from = 0; from < all; from += fit) {
+      const int64_t count = std::min(fit, all - from);
+      std::vector<Part> parts;
+      std::vector<int64_t> starts;  // the first part of each share, and the end
+      int64_t tokens = 0;
+      for (int64_t s = from; s < from + count; ++s) {
+        const auto [kernel, first, last, of_share] = shares[s];
+        const int64_t n = std::max<int64_t>(
+            1, std::min({of_share / kPartTokens, last - first, fit / count, int64_t{16}}));
+        starts.push_back(static_cast<int64_t>(parts.size()));
+        for (int64_t i = 0; i < n; ++i) {
+          parts.push_back({first + i * (last - first) / n, first + (i + 1) * (last - first) / n});
         }
-        for (int64_t e = 0; e < count; ++e) total[e] *= factor;
+        tokens += of_share;
       }
-    });
-    const Blocked out(dw, p_.m * p_.n, p_.b);
-    const Spectra<T> total = spectra_of_part(0);
-    parallel(
-        p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
-        [&](int64_t begin, int64_t end, char* scratch) {
-          const Results to{out.at(0, begin * p_.n), nullptr, out.type, p_.n * p_.b, p_.b};
-          const Spectra<T> from{total.data + begin * total.row, total.slot, total.row, width};
-          Ahead nothing{};
-          k_.synthesise(f_, from, end - begin, p_.n, to, reinterpret_cast<T*>(scratch), nothing);
-        });
+      starts.push_back(static_cast<int64_t>(parts.size()));
+      const Tensor sums = memory_for(static_cast<int64_t>(parts.size()) * size, kType);
+      const auto spectra_of_part = [&](int64_t part) {
+        return Spectra<T>{numbers<T>(sums) + part * size, p_.m * 2 * width, 2 * width, width};
+      };
+      sum_parts(g, x, tile, tiles, parts, tokens, spectra_of_part, w_hat, dx, base);
+      const T factor = static_cast<T>(scale) / f_.gain();
+      torch::stable::parallel_for(
+          0, count * size, grain(static_cast<int64_t>(parts.size()) / count),
+          [&](int64_t begin, int64_t end) {
+            constexpr int64_t kSome = 1024;
+            while (begin < end) {
+              const int64_t s = begin / size, at = begin % size;
+              const int64_t some = std::min({kSome, end - begin, size - at});
+              T* total = spectra_of_part(starts[s]).data + at;
+              for (int64_t part = starts[s] + 1; part < starts[s + 1]; ++part) {
+                const T* more = spectra_of_part(part).data + at;
+                for (int64_t e = 0; e < some; ++e) total[e] += more[e];
+              }
+              for (int64_t e = 0; e < some; ++e) total[e] *= factor;
+              begin += some;
+            }
+          });
+      parallel(
+          count * p_.m, grain(p_.n * p_.b), sizeof(T) * f_.scratch(k_.lanes),
+          [&](int64_t begin, int64_t end, char* scratch) {
+            while (begin < end) {
+              const int64_t s = begin / p_.m, i = begin % p_.m;
+              const int64_t rows = std::min(p_.m - i, end - begin);
+              const Results to{
+                  kernels.at(shares[from + s].kernel, i * p_.n), nullptr, kernels.type, p_.n * p_.b,
+                  p_.b};
+              const Spectra<T> total = spectra_of_part(starts[s]);
+              Ahead nothing{};
+              k_.synthesise(
+                  f_, {total.data + i * total.row, total.slot, total.row, width}, rows, p_.n, to,
+                  reinterpret_cast<T*>(scratch), nothing);
+              begin += rows;
+            }
+          });
+    }
   }
 
  private:
   // The spectra of a tile of tokens, on both sides of a product: a share of a second-level cache
   // that leaves room for the kernel's spectra and the tiles that are on their way.
   static constexpr int64_t kTileBytes = 128 * 1024;
+  // Kernels' spectra that are made for one call with many: what is left of that cache.
+  static constexpr int64_t kCacheBytes = 512 * 1024;
   // Fewer are not worth a sum of their own.
   static constexpr int64_t kPartTokens = 64;
 
-  // The way that fills lanes better.
-  Lanes choose() const {
-    const auto filled = [&](int64_t count) {
-      return static_cast<double>(count) / static_cast<double>(round_up(count, k_.lanes));
+  struct Tile {
+    int64_t first, count;
+  };
+  struct Part {  // tiles [first, last)
+    int64_t first, last;
+  };
+
+  // The tensors of a convolution.
+  struct Convolved {
+    Blocked in, out;
+    std::optional<Blocked> base;
+
+    Convolved(const Tiles& tiles, const Tensor& in, const Tensor* base, const Tensor& out)
+        : in(in, tiles.p_.n, tiles.p_.b), out(out, tiles.p_.m, tiles.p_.b) {
+      if (base) this->base.emplace(*base, tiles.p_.m, tiles.p_.b);
+    }
+
+    // out = base
+    void pass(int64_t first, int64_t count) const {
+      char* to = out.at(first, 0);
+      const size_t bytes = out.range(first, count).end - to;
+      if (!base) {
+        std::memset(to, 0, bytes);
+      } else if (base->data != out.data) {
+        std::memcpy(to, base->at(first, 0), bytes);
+      }
+    }
+  };
+
+  Tiles with(int64_t tokens) const {
+    Tiles tiles = *this;
+    tiles.p_.tokens = tokens;
+    tiles.choose_lanes(filled(tokens));
+    return tiles;
+  }
+  Tiles with(int64_t tokens, Lanes lanes) const {
+    Tiles tiles = *this;
+    tiles.p_.tokens = tokens;
+    tiles.lanes_ = lanes;
+    return tiles;
+  }
+
+  double filled(int64_t count) const {
+    return static_cast<double>(count) / static_cast<double>(round_up(count, k_.lanes));
+  }
+
+  // The way that fills lanes better, where tokens would fill so much of them.
+  void choose_lanes(double by_tokens) {
+    lanes_ = filled_by_blocks() >= 0.95 * by_tokens ? Lanes::blocks : Lanes::tokens;
+  }
+  double filled_by_blocks() const {
+    return (p_.m * filled(p_.m) + p_.n * filled(p_.n)) / (p_.m + p_.n);
+  }
+
+  int64_t convolved_tile() const { return tile_tokens(2 * kTileBytes, 2); }
+  int64_t convolution_bytes() const {
+    const int64_t tile = convolved_tile();
+    return scratch_bytes() + slab_bytes<S>(p_.n, tile) + slab_bytes<T>(p_.m, tile);
+  }
+
+  // out = base + in w for tokens [t, last), tile by tile, in convolution_bytes() of memory.
+  void convolve_tokens(
+      const Convolved& c, const S* w_hat, int64_t t, int64_t last, char* memory) const {
+    const int64_t tile = convolved_tile();
+    T* scratch = reinterpret_cast<T*>(memory);
+    char* in_slab = memory + scratch_bytes();
+    char* out_slab = in_slab + slab_bytes<S>(p_.n, tile);
+    for (; t < last; t += tile) {
+      const int64_t count = std::min(tile, last - t);
+      const Spectra<S> in_hat = slab<S>(in_slab, p_.n, count);
+      const Spectra<T> out_hat = slab<T>(out_slab, p_.m, count);
+      Ahead ahead{c.out.range(t, count), c.in.range(t + tile, std::min(tile, last - t - tile))};
+      transform(c.in, t, count, p_.n, in_hat, scratch, ahead);
+      multiply(p_, count, in_hat, w_hat, out_hat, ahead);
+      transform_back(out_hat, t, count, p_.m, c.out, c.base, scratch, ahead);
+    }
+  }
+
+  // Runs that would leave lanes empty either way are packed: lanes are all blocks of all tokens,
+  // which lie one after another, and each token is multiplied by itself.
+  bool is_packed(const Run& run) const {
+    constexpr double kEnough = 0.7;
+    return run.kernel >= 0 && std::max(filled(run.count), filled_by_blocks()) < kEnough;
+  }
+  int64_t packed_tile() const {
+    const int64_t bytes = (p_.m + p_.n) * p_.b * static_cast<int64_t>(sizeof(T));
+    return std::clamp<int64_t>(2 * kTileBytes / bytes, 1, 64);
+  }
+  // The spectra of so many blocks of `tokens` tokens; a token's may be written a vector at a time.
+  template <class N>
+  Spectra<N> packed_slab(char* data, int64_t blocks, int64_t tokens) const {
+    const int64_t columns = (tokens - 1) * blocks + round_up(blocks, k_.lanes);
+    return slab_of<N>(data, /* rows= */ 1, round_up(columns, k_.lanes));
+  }
+  int64_t packed_bytes(int64_t tokens) const {
+    const auto bytes = [&]<class N>(const Spectra<N>& s) {
+      return round_up(f_.slots() * (s.slot + 2 * k_.lanes) * static_cast<int64_t>(sizeof(N)), 64);
     };
-    const double blocks = (p_.m * filled(p_.m) + p_.n * filled(p_.n)) / (p_.m + p_.n);
-    return blocks >= 0.95 * filled(p_.tokens) ? Lanes::blocks : Lanes::tokens;
+    return scratch_bytes() + bytes(packed_slab<S>(nullptr, p_.n, tokens)) +
+           bytes(packed_slab<T>(nullptr, p_.m, tokens));
+  }
+
+  // convolve_tokens() for tokens of packed runs, from the one on in which t lies.
+  template <class F>
+  void convolve_packed(
+      const Convolved& c, const Run* run, const F& w_hat, int64_t t, int64_t last,
+      char* memory) const {
+    const int64_t tile = packed_tile();
+    T* scratch = reinterpret_cast<T*>(memory);
+    for (; t < last; t += tile) {
+      const int64_t count = std::min(tile, last - t);
+      const Spectra<S> in_hat = packed_slab<S>(memory + scratch_bytes(), p_.n, count);
+      char* behind = reinterpret_cast<char*>(in_hat.data + f_.slots() * in_hat.slot);
+      const Spectra<T> out_hat =
+          packed_slab<T>(memory + round_up(behind - memory, 64), p_.m, count);
+      Ahead ahead{c.out.range(t, count), c.in.range(t + tile, std::min(tile, last - t - tile))};
+      k_.analyse(
+          f_, {c.in.at(t, 0), c.in.type, 0, p_.b}, 1, count * p_.n, /* factor= */ T{1},
+          Role::activations, in_hat, scratch, ahead);
+      for (int64_t of_run = t; of_run < t + count;) {
+        while (of_run >= run->first + run->count) ++run;
+        // Rows are written in order, and each overwrites what is behind the one before: of more
+        // than one vector only one by one.
+        const int64_t all = std::min(run->first + run->count, t + count) - of_run;
+        const int64_t rows = p_.m <= k_.lanes ? all : 1;
+        const int64_t at = of_run - t;
+        k_.multiply(
+            {f_.slots(),
+             rows,
+             p_.n,
+             p_.m,
+             {in_hat.data + at * p_.n, in_hat.slot, p_.n, 1, in_hat.row - in_hat.width},
+             {w_hat(run->kernel), 2 * p_.n * p_.m, 2 * p_.m, 1, p_.m},
+             {out_hat.data + at * p_.m, out_hat.slot, p_.m, 1, out_hat.width},
+             Weights::right,
+             /* accumulate= */ false},
+            ahead);
+        of_run += rows;
+      }
+      const Results to{c.out.at(t, 0), c.base ? c.base->at(t, 0) : nullptr, c.out.type, 0, p_.b};
+      k_.synthesise(f_, out_hat, 1, count * p_.m, to, scratch, ahead);
+    }
+  }
+
+  // The products of parts of the tiles, each summed in order, and what gradients() says of dx.
+  template <class F>
+  void sum_parts(
+      const Tensor& g, const Tensor& x, int64_t tile, const std::vector<Tile>& tiles,
+      const std::vector<Part>& parts, int64_t tokens, const F& spectra_of_part, const S* w_hat,
+      const Tensor* dx, const Tensor* base) const {
+    const Blocked in_g(g, p_.m, p_.b), in_x(x, p_.n, p_.b);
+    const int64_t count = static_cast<int64_t>(parts.size());
+    std::optional<Blocked> to, onto;
+    if (dx) to.emplace(*dx, p_.n, p_.b);
+    if (base) onto.emplace(*base, p_.n, p_.b);
+    const int64_t g_size = slab_bytes<S>(p_.m, tile);
+    // x's spectra take the place of dx's.
+    const int64_t x_size = std::max(slab_bytes<S>(p_.n, tile), slab_bytes<T>(p_.n, tile));
+    parallel(
+        count, grain(tokens * (p_.m + p_.n) * p_.b / count), scratch_bytes() + g_size + x_size,
+        [&](int64_t begin, int64_t end, char* memory) {
+          T* scratch = reinterpret_cast<T*>(memory);
+          char* g_slab = memory + scratch_bytes();
+          char* x_slab = g_slab + g_size;
+          for (int64_t part = begin; part < end; ++part) {
+            const auto [first, last] = parts[part];
+            for (int64_t i = first; i < last; ++i) {
+              const auto [t, size] = tiles[i];
+              const Spectra<S> g_hat = slab<S>(g_slab, p_.m, size);
+              const Spectra<S> x_hat = slab<S>(x_slab, p_.n, size);
+              Ahead ahead{{}, in_x.range(t, size)};
+              if (to) ahead.soon = to->range(t, size);
+              transform(in_g, t, size, p_.m, g_hat, scratch, ahead);
+              if (to) {
+                const Spectra<T> dx_hat = slab<T>(x_slab, p_.n, size);
+                multiply(p_.transposed(), size, g_hat, w_hat, dx_hat, ahead);
+                transform_back(dx_hat, t, size, p_.n, *to, onto, scratch, ahead);
+              }
+              if (i + 1 < last) ahead = {in_g.range(tiles[i + 1].first, tiles[i + 1].count), {}};
+              transform(in_x, t, size, p_.n, x_hat, scratch, ahead);
+              add_products(size, g_hat, x_hat, spectra_of_part(part), i != first, ahead);
+            }
+          }
+        });
   }
 
   // Tokens whose spectra, of activations on both sides, take at most `bytes`: up to `vectors`
@@ -348,10 +657,14 @@ class Tiles {
   template <class N>
   Spectra<N> slab(char* data, int64_t blocks, int64_t tokens) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
-    const int64_t width = round_up(by_blocks ? blocks : tokens, k_.lanes);
+    return slab_of<N>(
+        data, by_blocks ? tokens : blocks, round_up(by_blocks ? blocks : tokens, k_.lanes));
+  }
+  template <class N>
+  Spectra<N> slab_of(char* data, int64_t rows, int64_t width) const {
     const int64_t row = std::is_same_v<N, Pair> ? width : 2 * width;
     // Slots a multiple of 4096 bytes apart would all fall into the same few lines of a cache.
-    const int64_t size = (by_blocks ? tokens : blocks) * row;
+    const int64_t size = rows * row;
     const int64_t pad = size * static_cast<int64_t>(sizeof(N)) % 4096 == 0 ? 2 * k_.lanes : 0;
     return {reinterpret_cast<N*>(data), size + pad, row, width};
   }
@@ -369,11 +682,6 @@ class Tiles {
     return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work));
   }
 
-  template <class N = S>
-  static N* numbers(const Tensor& t) {
-    return static_cast<N*>(t.data_ptr());
-  }
-
   void transform(
       const Blocked& a, int64_t t, int64_t count, int64_t blocks, const Spectra<S>& out, T* scratch,
       Ahead& ahead) const {
@@ -386,20 +694,19 @@ class Tiles {
 
   void transform_back(
       const Spectra<T>& in, int64_t t, int64_t count, int64_t blocks, const Blocked& out,
-      const Tensor* base, T* scratch, Ahead& ahead) const {
+      const std::optional<Blocked>& base, T* scratch, Ahead& ahead) const {
     const bool by_blocks = lanes_ == Lanes::blocks;
     const Results to{
-        out.at(t, 0), base ? Blocked(*base, blocks, p_.b).at(t, 0) : nullptr, out.type,
-        by_blocks ? out.row : out.block, by_blocks ? out.block : out.row};
+        out.at(t, 0), base ? base->at(t, 0) : nullptr, out.type, by_blocks ? out.row : out.block,
+        by_blocks ? out.block : out.row};
     k_.synthesise(
         f_, in, by_blocks ? count : blocks, by_blocks ? blocks : count, to, scratch, ahead);
   }
 
   // y^_i = sum_j conj(w^_ij) x^_j, with the blocks of `p`: this problem's or the transposed one's
   void multiply(
-      const Problem& p, int64_t count, const Spectra<S>& x, const Tensor& w_hat,
-      const Spectra<T>& y, Ahead& ahead) const {
-    const S* w = numbers(w_hat);
+      const Problem& p, int64_t count, const Spectra<S>& x, const S* w, const Spectra<T>& y,
+      Ahead& ahead) const {
     const int64_t slot = 2 * p.n * p.m, row = 2 * p.m;
     const Matrix<const S> activations{x.data, x.slot, x.row, 1, x.row - x.width};
     const Matrix<T> result{y.data, y.slot, y.row, 1, y.width};
@@ -444,10 +751,10 @@ class Tiles {
         {f_.slots(), p_.m, count, p_.n, left, right, result, Weights::left, accumulate}, ahead);
   }
 
-  const Problem& p_;
+  Problem p_;
   const Transform<T>& f_;
   const Kernel<T, S>& k_;
-  Lanes lanes_;
+  Lanes lanes_ = Lanes::tokens;
 };
 
 // An operand of a product that is computed in T: doubles, or whatever floats are read from.
@@ -526,8 +833,8 @@ struct Tag {
     char* spectra;
     int64_t bytes;  // of the spectra and what is behind them
 
-    Place(int64_t m, int64_t n, int64_t b, const Tensor& w_hat, int64_t index)
-        : bytes(m * n * prepared_length(m, n, b, true) * w_hat.element_size()) {
+    Place(const Problem& p, const Tensor& w_hat, int64_t index)
+        : bytes(p.m * p.n * prepared_length(p.m, p.n, p.b, true) * w_hat.element_size()) {
       spectra = static_cast<char*>(w_hat.data_ptr()) + index * bytes;
     }
     char* tag() const { return spectra + bytes - sizeof(Tag); }
@@ -548,9 +855,8 @@ struct Tag {
   };
 
   // The tag of a prepared kernel, and what a sample of its spectra is now.
-  static std::pair<Tag, uint64_t> of(const Problem& p, const Tensor& w_hat) {
-    const Tensor t = w_hat.is_contiguous() ? w_hat : torch::stable::contiguous(w_hat);
-    const Place place(p.m, p.n, p.b, t, 0);
+  static std::pair<Tag, uint64_t> of(const Problem& p, const Tensor& w_hat, int64_t index) {
+    const Place place(p, w_hat, index);
     return {place.read(), place.sample()};
   }
 };
@@ -561,18 +867,51 @@ struct Cpu {
   static void convolve(const Convolution& c) {
     const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::convolve(c);
+    const std::vector<Run> runs = c.index ? runs_of(*c.index, c.p.tokens) : std::vector<Run>{};
+    const std::vector<int64_t> used = c.index ? kernels_of(runs) : std::vector<int64_t>{0};
     const bool prepared = c.form == Form::prepared;
-    const bool pairs = prepared
-                           ? Tag::Place(c.p.m, c.p.n, c.p.b, c.kernel, 0).read().is(Tag::As::pairs)
-                           : by_pairs({c.in.scalar_type(), c.out.scalar_type()});
+    // Of prepared kernels, one tells of all.
+    const bool pairs =
+        prepared ? !used.empty() && Tag::Place(c.p, c.kernel, used[0]).read().is(Tag::As::pairs)
+                 : by_pairs({c.in.scalar_type(), c.out.scalar_type()});
     with_types(compute_type({c.in, c.kernel, c.out}), pairs, [&]<class T, class S>() {
       const Tiles<T, S> tiles(c.p, *plan);
-      const Tensor w_hat =
-          prepared ? c.kernel
-                   : tiles.spectra(operand<T>(c.kernel), c.form == Form::transposed, c.scale);
+      const Tensor in = operand<T>(c.in), kernel = prepared ? c.kernel : operand<T>(c.kernel);
+      const bool transposed = c.form == Form::transposed;
       filled_in<T>(c.out, [&](Tensor& out) {
         const Tensor base = c.base ? operand<T>(*c.base) : out;
-        tiles.convolve(operand<T>(c.in), w_hat, c.base ? &base : nullptr, out);
+        const Tensor* onto = c.base ? &base : nullptr;
+        if (!c.index) {
+          const Tensor w_hat = prepared ? kernel : tiles.spectra(kernel, used, transposed, c.scale);
+          tiles.convolve(in, Tiles<T, S>::numbers(w_hat), onto, out);
+        } else if (prepared) {
+          const int64_t stride = c.p.m * c.p.n * prepared_length(c.p.m, c.p.n, c.p.b, true);
+          const S* w_hat = Tiles<T, S>::numbers(kernel);
+          const auto of_kernel = [&](int64_t which) { return w_hat + which * stride; };
+          tiles.convolve_runs(in, runs, of_kernel, onto, out);
+        } else {
+          // As many at once as the threads' second-level caches hold until they are used.
+          const int64_t most = tiles.kernels_at_once();
+          const int64_t count = static_cast<int64_t>(used.size());
+          const auto some_of = [&](int64_t first, int64_t last) {
+            std::vector<Run> some;
+            std::copy_if(runs.begin(), runs.end(), std::back_inserter(some), [&](const Run& run) {
+              return first <= run.kernel && run.kernel < last;
+            });
+            return some;
+          };
+          const auto no_kernel = [](int64_t) { return static_cast<const S*>(nullptr); };
+          tiles.convolve_runs(in, some_of(-1, 0), no_kernel, onto, out);
+          for (int64_t from = 0; from < count; from += most) {
+            const auto which = std::span(used).subspan(from, std::min(most, count - from));
+            const Tensor w_hat = tiles.spectra(kernel, which, transposed, c.scale);
+            const auto of_kernel = [&](int64_t one) {
+              const auto place = std::lower_bound(which.begin(), which.end(), one) - which.begin();
+              return Tiles<T, S>::numbers(w_hat) + place * tiles.spectra_size();
+            };
+            tiles.convolve_runs(in, some_of(which.front(), which.back() + 1), of_kernel, onto, out);
+          }
+        }
       });
     });
   }
@@ -580,20 +919,23 @@ struct Cpu {
   static void gradients(const Gradients& c) {
     const auto plan = plan_of(c.p.b);
     if (!plan) return Aten::gradients(c);
+    const std::vector<Run> runs =
+        c.index ? by_kernel(runs_of(*c.index, c.p.tokens)) : std::vector<Run>{{0, 0, c.p.tokens}};
     const ScalarType type =
         c.w ? compute_type({c.g, c.x, *c.w, *c.dx}) : compute_type({c.g, c.x, c.dw});
     const bool pairs = by_pairs({c.g.scalar_type(), c.x.scalar_type()});
     with_types(type, pairs, [&]<class T, class S>() {
-      const Tiles<T, S> tiles(c.p, *plan);
+      const Tiles<T, S> tiles = Tiles<T, S>(c.p, *plan).for_runs(runs);
       const Tensor g = operand<T>(c.g), x = operand<T>(c.x);
       filled_in<T>(c.dw, [&](Tensor& dw) {
-        if (!c.dx) return tiles.gradients(g, x, c.scale, dw, nullptr, nullptr, nullptr);
-        const Problem back = c.p.transposed();
+        if (!c.dx) return tiles.gradients(g, x, c.scale, dw, runs, nullptr, nullptr, nullptr);
         const Tensor w_hat =
-            Tiles<T, S>(back, *plan).spectra(operand<T>(*c.w), /* transposed= */ true, c.scale);
+            Tiles<T, S>(c.p.transposed(), *plan)
+                .spectra(operand<T>(*c.w), kFirst, /* transposed= */ true, c.scale);
         filled_in<T>(*c.dx, [&](Tensor& dx) {
           const Tensor base = c.base ? operand<T>(*c.base) : dx;
-          tiles.gradients(g, x, c.scale, dw, &w_hat, &dx, c.base ? &base : nullptr);
+          tiles.gradients(
+              g, x, c.scale, dw, runs, Tiles<T, S>::numbers(w_hat), &dx, c.base ? &base : nullptr);
         });
       });
     });
@@ -603,30 +945,24 @@ struct Cpu {
     const auto [count, m, n, b] = c.kernels;
     const auto plan = plan_of(b);
     const bool pairs = plan && by_pairs({c.dtype});
+    const int64_t rows = c.transposed ? n : m, columns = c.transposed ? m : n;
+    const Problem p{1, rows, columns, b};
     if (!plan) {
       Aten::prepare(c);
     } else {
       with_types(c.out.scalar_type(), pairs, [&]<class T, class S>() {
-        const Problem p{
-            1, c.transposed ? c.kernels.n : c.kernels.m, c.transposed ? c.kernels.m : c.kernels.n,
-            c.kernels.b};
-        const Tiles<T, S> tiles(p, *plan);
-        const Tensor w = operand<T>(c.w);
-        const int64_t size = p.m * p.n * prepared_length(p.m, p.n, p.b, true);
-        for (int64_t kernel = 0; kernel < c.kernels.count; ++kernel) {
-          Blocked one(w, p.m * p.n, p.b);
-          one.data = one.at(kernel, 0);
-          tiles.fill_spectra(
-              one, c.transposed, c.scale, static_cast<S*>(c.out.data_ptr()) + kernel * size);
-        }
+        std::vector<int64_t> every(count);
+        std::iota(every.begin(), every.end(), 0);
+        Tiles<T, S>(p, *plan).fill_spectra(
+            operand<T>(c.w), every, c.transposed, c.scale, Tiles<T, S>::numbers(c.out),
+            m * n * prepared_length(m, n, b, true));
       });
     }
     const Tag::As as = !plan ? Tag::As::by_aten : pairs ? Tag::As::pairs : Tag::As::numbers;
-    const int64_t rows = c.transposed ? n : m, columns = c.transposed ? m : n;
     const int64_t bytes = m * n * b * c.w.element_size();
     for (int64_t kernel = 0; kernel < count; ++kernel) {
       const char* w = static_cast<const char*>(c.w.const_data_ptr()) + kernel * bytes;
-      const Tag::Place place(rows, columns, b, c.out, kernel);
+      const Tag::Place place(p, c.out, kernel);
       const Tag tag{Tag::made(as, c.transposed),    rows,          columns, b,
                     fingerprint(w, bytes, c.scale), place.sample()};
       std::memcpy(place.tag(), &tag, sizeof(Tag));
@@ -634,24 +970,47 @@ struct Cpu {
   }
 
   static void check_prepared(
-      const char* op, const Problem& p, const Tensor& w_hat, const Tensor* transposed) {
-    const auto [tag, sample] = Tag::of(p, w_hat);
-    const Tag::As as = !plan_of(p.b)                              ? Tag::As::by_aten
-                       : in_use().pairs && tag.is(Tag::As::pairs) ? Tag::As::pairs
-                                                                  : Tag::As::numbers;
-    const bool is_transposed = tag.maker == Tag::made(as, true);
-    const Tag expected{Tag::made(as, is_transposed), p.m, p.n, p.b, tag.source, sample};
-    check(
-        tag == expected, op, "expected w_hat as c3a.prepare made it for m = ", p.m, ", n = ", p.n,
-        " and block_size = ", p.b, ", got other numbers, or a part of a prepared kernel");
+      const char* op, const Problem& p, const Tensor& w_hat, const Tensor* transposed,
+      const Tensor* index) {
+    if (index && p.tokens == 0) return;
+    const auto contiguous = [](const Tensor& t) {
+      return t.is_contiguous() ? t : torch::stable::contiguous(t);
+    };
+    const Tensor of_w = contiguous(w_hat);
+    const std::vector<int64_t> used =
+        index ? kernels_of(runs_of(contiguous(*index), p.tokens)) : std::vector<int64_t>{0};
+    if (used.empty()) return;
+    const bool has_pairs = in_use().pairs && Tag::Place(p, of_w, used[0]).read().is(Tag::As::pairs);
+    const Tag::As as = !plan_of(p.b) ? Tag::As::by_aten
+                       : has_pairs   ? Tag::As::pairs
+                                     : Tag::As::numbers;
+    std::vector<Tag> tags;
+    for (const int64_t kernel : used) {
+      const auto [tag, sample] = Tag::of(p, of_w, kernel);
+      const bool is_transposed = tag.maker == Tag::made(as, true);
+      const Tag expected{Tag::made(as, is_transposed), p.m, p.n, p.b, tag.source, sample};
+      check(
+          tag == expected, op, "expected w_hat as c3a.prepare made it for m = ", p.m, ", n = ", p.n,
+          " and block_size = ", p.b, index ? ", all kernels that are chosen for one dtype" : "",
+          ", got other numbers, or a part of a prepared kernel");
+      tags.push_back(tag);
+    }
     if (!transposed) return;
-    const auto [other, other_sample] = Tag::of(p.transposed(), *transposed);
-    const Tag mirrored{Tag::made(as, !is_transposed), p.n, p.m, p.b, tag.source, other_sample};
-    check(
-        other == mirrored, op,
-        "expected w_hat and w_hat_transposed to be c3a.prepare(w) and c3a.prepare(w, "
-        "transposed=True) of one w, one dtype and one scale, got tensors of different origin");
+    const Tensor of_t = contiguous(*transposed);
+    for (size_t i = 0; i < used.size(); ++i) {
+      const Tag& tag = tags[i];
+      const auto [other, sample] = Tag::of(p.transposed(), of_t, used[i]);
+      const bool is_transposed = tag.maker == Tag::made(as, true);
+      const Tag mirrored{Tag::made(as, !is_transposed), p.n, p.m, p.b, tag.source, sample};
+      check(
+          other == mirrored, op,
+          "expected w_hat and w_hat_transposed to be c3a.prepare(w) and c3a.prepare(w, "
+          "transposed=True) of one w, one dtype and one scale, got tensors of different origin");
+    }
   }
+
+ private:
+  static constexpr std::array<int64_t, 1> kFirst{0};
 };
 
 }  // namespace

@@ -32,4 +32,20 @@ C3A_LIBRARY(m) {
   m.def(
       "block_circ_conv_prepared_add_(Tensor(a!) base, Tensor x, Tensor w_hat, int block_size, "
       "Tensor? w_hat_transposed=None) -> ()");
+  m.def("block_circ_conv_many(Tensor x, Tensor w, Tensor index, float scale=1.0) -> Tensor");
+  m.def(
+      "block_circ_conv_many_add_(Tensor(a!) base, Tensor x, Tensor w, Tensor index, "
+      "float scale=1.0) -> ()");
+  m.def(
+      "block_circ_conv_many_input_grad(Tensor grad_output, Tensor w, Tensor index, "
+      "float scale=1.0) -> Tensor");
+  m.def(
+      "block_circ_conv_many_kernel_grad(Tensor grad_output, Tensor x, Tensor index, int adapters, "
+      "int block_size, ScalarType? dtype=None, float scale=1.0) -> Tensor");
+  m.def(
+      "block_circ_conv_many_prepared(Tensor x, Tensor w_hat, Tensor index, int block_size, "
+      "Tensor? w_hat_transposed=None) -> Tensor");
+  m.def(
+      "block_circ_conv_many_prepared_add_(Tensor(a!) base, Tensor x, Tensor w_hat, Tensor index, "
+      "int block_size, Tensor? w_hat_transposed=None) -> ()");
 }

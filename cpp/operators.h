@@ -6,7 +6,8 @@
 //   static void prepare(const Preparation&);     // kernels' spectra, for later convolutions
 //   // Refuse what prepare() did not make, as far as its numbers tell; `transposed` may be null.
 //   static void check_prepared(
-//       const char* op, const Problem&, const Tensor& w_hat, const Tensor* transposed);
+//       const char* op, const Problem&, const Tensor& w_hat, const Tensor* transposed,
+//       const Tensor* index);
 //
 // that fill their results. Operands and results may differ in dtype; sums run in compute_type().
 
@@ -24,7 +25,10 @@
 
 namespace c3a {
 
-// The back end's part of an operator: contiguous tensors, tokens >= 1. With spectra X, G over
+// The back end's part of an operator: contiguous tensors, tokens >= 1. With an `index` (rows,) a
+// kernel is a stack of them along a first dimension, and tokens are rows of tokens / rows, of which
+// row r takes kernel index[r], or none where that is -1. The index is on the CPU or on the tensors'
+// device. With spectra X, G over
 // (tokens, blocks) and W over (m, n), one per frequency bin, the products are
 //
 //   forward         Y  = X W^H
@@ -43,6 +47,7 @@ struct Convolution {
   const Tensor& in;
   const Tensor* base;  // of out's shape and dtype, or none; may be `out`
   Tensor& out;
+  const Tensor* index = nullptr;
 };
 
 // dw = scale * g^T x by blocks, and dx = base + scale * (g times the transposed matrix of w) where
@@ -55,7 +60,8 @@ struct Gradients {
   Tensor& dw;
   const Tensor* w = nullptr;  // with dx
   Tensor* dx = nullptr;
-  const Tensor* base = nullptr;  // of dx's shape and dtype, or none; may be `dx`
+  const Tensor* base = nullptr;   // of dx's shape and dtype, or none; may be `dx`
+  const Tensor* index = nullptr;  // without dx
 };
 
 // out: the spectra, times scale, of kernels (m, n, b) or their transposed ones; as many tensors of
@@ -122,12 +128,7 @@ struct Operators {
     const char* op = "block_circ_conv_kernel_grad";
     return named(op, [&] {
       const Problem p = problem_of(op, g, x, b);
-      check_supported(op, "dtype", dtype.value_or(g.scalar_type()));
-      if (p.tokens == 0) return torch::stable::new_zeros(g, {p.m, p.n, p.b}, dtype);
-      Tensor dw = torch::stable::new_empty(g, {p.m, p.n, p.b}, dtype);
-      const Tensor g_in = contiguous(g), x_in = contiguous(x);
-      Backend::gradients({.p = p, .g = g_in, .x = x_in, .scale = scale, .dw = dw});
-      return dw;
+      return kernel_grad_of(op, p, {p.m, p.n, p.b}, g, x, dtype, scale, nullptr);
     });
   }
 
@@ -208,6 +209,59 @@ struct Operators {
     });
   }
 
+  static Tensor many(Tensor x, Tensor w, Tensor index, double scale) {
+    const char* op = "block_circ_conv_many";
+    return named(op, [&] {
+      const Problem p = problem_of(op, {"x", x}, w, "n", &index);
+      return convolved(op, p, Form::kernel, w, scale, x, &index);
+    });
+  }
+
+  static void many_add_(Tensor base, Tensor x, Tensor w, Tensor index, double scale) {
+    const char* op = "block_circ_conv_many_add_";
+    named(op, [&] {
+      const Problem p = problem_of(op, {"x", x}, w, "n", &index);
+      add_in_place(op, p, Form::kernel, w, scale, x, base, &index);
+    });
+  }
+
+  static Tensor many_input_grad(Tensor g, Tensor w, Tensor index, double scale) {
+    const char* op = "block_circ_conv_many_input_grad";
+    return named(op, [&] {
+      const Problem p = problem_of(op, {"grad_output", g}, w, "m", &index).transposed();
+      return convolved(op, p, Form::transposed, w, scale, g, &index);
+    });
+  }
+
+  static Tensor many_kernel_grad(
+      Tensor g, Tensor x, Tensor index, int64_t adapters, int64_t b,
+      std::optional<ScalarType> dtype, double scale) {
+    const char* op = "block_circ_conv_many_kernel_grad";
+    return named(op, [&] {
+      const Problem p = problem_of(op, g, x, b, &index, adapters);
+      return kernel_grad_of(op, p, {adapters, p.m, p.n, p.b}, g, x, dtype, scale, &index);
+    });
+  }
+
+  static Tensor many_prepared(
+      Tensor x, Tensor w_hat, Tensor index, int64_t b, std::optional<Tensor> w_hat_transposed) {
+    const char* op = "block_circ_conv_many_prepared";
+    return named(op, [&] {
+      const Problem p = prepared_problem(op, x, w_hat, b, w_hat_transposed, &index);
+      return convolved(op, p, Form::prepared, w_hat, 1, x, &index);
+    });
+  }
+
+  static void many_prepared_add_(
+      Tensor base, Tensor x, Tensor w_hat, Tensor index, int64_t b,
+      std::optional<Tensor> w_hat_transposed) {
+    const char* op = "block_circ_conv_many_prepared_add_";
+    named(op, [&] {
+      const Problem p = prepared_problem(op, x, w_hat, b, w_hat_transposed, &index);
+      add_in_place(op, p, Form::prepared, w_hat, 1, x, base, &index);
+    });
+  }
+
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("block_circ_conv", TORCH_BOX(&block_circ_conv));
     m.impl("block_circ_conv_add", TORCH_BOX(&add));
@@ -221,15 +275,39 @@ struct Operators {
     m.impl("block_circ_conv_prepared", TORCH_BOX(&prepared));
     m.impl("block_circ_conv_prepared_add", TORCH_BOX(&prepared_add));
     m.impl("block_circ_conv_prepared_add_", TORCH_BOX(&prepared_add_));
+    m.impl("block_circ_conv_many", TORCH_BOX(&many));
+    m.impl("block_circ_conv_many_add_", TORCH_BOX(&many_add_));
+    m.impl("block_circ_conv_many_input_grad", TORCH_BOX(&many_input_grad));
+    m.impl("block_circ_conv_many_kernel_grad", TORCH_BOX(&many_kernel_grad));
+    m.impl("block_circ_conv_many_prepared", TORCH_BOX(&many_prepared));
+    m.impl("block_circ_conv_many_prepared_add_", TORCH_BOX(&many_prepared_add_));
   }
 
  private:
   static Problem prepared_problem(
       const char* op, const Tensor& x, const Tensor& w_hat, int64_t b,
-      const std::optional<Tensor>& w_hat_transposed) {
-    const Problem p = problem_of_prepared(op, x, w_hat, b, w_hat_transposed);
-    Backend::check_prepared(op, p, w_hat, w_hat_transposed ? &*w_hat_transposed : nullptr);
+      const std::optional<Tensor>& w_hat_transposed, const Tensor* index = nullptr) {
+    const Problem p = problem_of_prepared(op, x, w_hat, b, w_hat_transposed, index);
+    Backend::check_prepared(op, p, w_hat, w_hat_transposed ? &*w_hat_transposed : nullptr, index);
     return p;
+  }
+
+  static Tensor kernel_grad_of(
+      const char* op, const Problem& p, const std::vector<int64_t>& shape, const Tensor& g,
+      const Tensor& x, std::optional<ScalarType> dtype, double scale, const Tensor* index) {
+    check_supported(op, "dtype", dtype.value_or(g.scalar_type()));
+    if (p.tokens == 0) return torch::stable::new_zeros(g, shape, dtype);
+    Tensor dw = torch::stable::new_empty(g, shape, dtype);
+    const Tensor g_in = contiguous(g), x_in = contiguous(x);
+    const Tensor index_in = index ? contiguous(*index) : g_in;
+    Backend::gradients(
+        {.p = p,
+         .g = g_in,
+         .x = x_in,
+         .scale = scale,
+         .dw = dw,
+         .index = index ? &index_in : nullptr});
+    return dw;
   }
 
   static std::vector<int64_t> sizes(const Tensor& like, int64_t features) {
@@ -245,10 +323,11 @@ struct Operators {
 
   static void fill(
       const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
-      const Tensor& x, const Tensor* base, Tensor& out) {
+      const Tensor& x, const Tensor* base, Tensor& out, const Tensor* index) {
     if (p.tokens == 0) return;
     const Tensor kernel_in = contiguous(kernel), in = contiguous(x);
-    Backend::convolve({op, p, form, kernel_in, scale, in, base, out});
+    const Tensor index_in = index ? contiguous(*index) : in;
+    Backend::convolve({op, p, form, kernel_in, scale, in, base, out, index ? &index_in : nullptr});
   }
 
   // Fills dx, onto `base` if given, and returns dw.
@@ -264,19 +343,19 @@ struct Operators {
 
   static Tensor convolved(
       const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
-      const Tensor& x) {
+      const Tensor& x, const Tensor* index = nullptr) {
     Tensor out = torch::stable::new_empty(x, sizes(x, p.out_features()));
-    fill(op, p, form, kernel, scale, x, nullptr, out);
+    fill(op, p, form, kernel, scale, x, nullptr, out, index);
     return out;
   }
 
   static Tensor added(
       const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
-      const Tensor& x, const Tensor& base) {
+      const Tensor& x, const Tensor& base, const Tensor* index = nullptr) {
     check_add(op, p, form, kernel, x, base);
     Tensor out = torch::stable::new_empty(base, sizes(base, p.out_features()));
     const Tensor from = contiguous(base);
-    fill(op, p, form, kernel, scale, x, &from, out);
+    fill(op, p, form, kernel, scale, x, &from, out, index);
     return out;
   }
 
@@ -284,15 +363,15 @@ struct Operators {
   // with what is read.
   static void add_in_place(
       const char* op, const Problem& p, Form form, const Tensor& kernel, double scale,
-      const Tensor& x, Tensor& base) {
+      const Tensor& x, Tensor& base, const Tensor* index = nullptr) {
     check_add(op, p, form, kernel, x, base);
     check_writable(op, {"base", base});
     if (p.tokens == 0) return;
     if (base.is_contiguous() && !meet(base, x) && !meet(base, kernel)) {
       const Tensor from = base;
-      return fill(op, p, form, kernel, scale, x, &from, base);
+      return fill(op, p, form, kernel, scale, x, &from, base, index);
     }
-    torch::stable::copy_(base, added(op, p, form, kernel, scale, x, base));
+    torch::stable::copy_(base, added(op, p, form, kernel, scale, x, base, index));
   }
 
   static void check_add(

@@ -5,6 +5,9 @@
 //   x, dx: (..., n*b)     w, dw: (m, n, b)     y, g: (..., m*b)     tokens: product of "..."
 //   w_hat: (m, n, prepared_length), or (n, m, prepared_length) for the transposed matrix
 //
+// With a stack of kernels, w (adapters, m, n, b), x is (rows, ..., n*b) and index (rows,) tells the
+// kernel of each row, -1 for none.
+//
 // python/c3a/shapes.py states the same rules for symbolic sizes; tests/test_errors.py holds the two
 // equal, message by message.
 
@@ -251,6 +254,13 @@ inline void check_kernel(const char* op, const Tensor& w) {
   check(right, op, "expected a kernel w of shape (m, n, b) with m, n, b >= 1, got ", shape(w));
 }
 
+inline void check_stack(const char* op, const Tensor& w) {
+  check_numbers(op, {"w", w});
+  bool right = w.dim() == 4;
+  for (int64_t d = 0; right && d < 4; ++d) right = w.size(d) >= 1;
+  check(right, op, "expected kernels w of shape (adapters, m, n, b), each >= 1, got ", shape(w));
+}
+
 // A kernel, or a stack of `count`: (..., m, n, b).
 struct Kernels {
   int64_t count, m, n, b;
@@ -319,18 +329,58 @@ inline void check_writable(const char* op, const Named& base) {
       " for shape ", shape(t), "; call ", base.name, ".contiguous() first");
 }
 
-// One tensor of activations with a kernel: the forward (`blocks` is "n") and the input gradient
-// ("m").
-inline Problem problem_of(const char* op, const Named& a, const Tensor& w, const char* blocks) {
+// Which kernel of a stack each row of `a` takes. Entries are looked at where that does not wait for
+// a device.
+inline void check_index(const char* op, const Named& a, const Tensor& index, int64_t adapters) {
+  check(index.defined(), op, "expected index to be a tensor, got None");
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(index.get(), &layout));
+  check(
+      layout == aoti_torch_layout_strided(), op,
+      "expected index to be a dense tensor (torch.strided), got torch.", layout_name(layout));
+  check(
+      dtype_of(index) == static_cast<int32_t>(ScalarType::Long), op,
+      "expected index to be int64, got ", dtype_name(dtype_of(index)));
+  if (!index.is_cpu()) check_same_device(op, {"index", index}, a);
+  const int64_t rows = a.tensor.size(0);
+  check(
+      index.dim() == 1 && index.size(0) == rows, op, "expected index of shape (", rows,
+      ",), an entry for each row of ", a.name, ", got ", shape(index));
+  if (!index.is_cpu()) return;
+  const int64_t* entries = static_cast<const int64_t*>(index.const_data_ptr());
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t entry = entries[r * index.stride(0)];
+    check(
+        -1 <= entry && entry < adapters, op, "expected -1 <= index < ", adapters,
+        ", the number of adapters, got index[", r, "] = ", entry);
+  }
+}
+
+// Rows of activations for kernels of a stack; returns the number of tokens.
+inline int64_t check_rows(const char* op, const Named& a) {
+  check(
+      a.tensor.dim() >= 2, op, "expected ", a.name, " of shape (rows, ..., features), got ",
+      shape(a.tensor));
+  return check_tokens(op, a);
+}
+
+// One tensor of activations with a kernel, or with a stack of them and an index: the forward
+// (`blocks` is "n") and the input gradient ("m").
+inline Problem problem_of(
+    const char* op, const Named& a, const Tensor& w, const char* blocks,
+    const Tensor* index = nullptr) {
   check_numbers(op, a);
-  check_kernel(op, w);
+  index ? check_stack(op, w) : check_kernel(op, w);
   check_same_device(op, a, {"w", w});
-  const int64_t tokens = check_tokens(op, a);
-  const Problem p{tokens, w.size(0), w.size(1), w.size(2)};
+  const int64_t tokens = index ? check_rows(op, a) : check_tokens(op, a);
+  const int64_t first = index ? 1 : 0;
+  const Problem p{tokens, w.size(first), w.size(first + 1), w.size(first + 2)};
   const int64_t features = *blocks == 'n' ? p.in_features() : p.out_features();
   check(
       a.tensor.size(-1) == features, op, "expected ", a.name, ".size(-1) == ", blocks,
-      " * b = ", features, " for a kernel of shape ", shape(w), ", got ", a.tensor.size(-1));
+      " * b = ", features, index ? " for kernels of shape " : " for a kernel of shape ", shape(w),
+      ", got ", a.tensor.size(-1));
+  if (index) check_index(op, a, *index, w.size(0));
   return p;
 }
 
@@ -343,66 +393,79 @@ inline Problem problem_of_pair(const char* op, const Tensor& g, const Tensor& x,
   return p;
 }
 
-inline void check_prepared(const char* op, const Named& w_hat, int64_t b) {
+inline void check_prepared(const char* op, const Named& w_hat, int64_t b, bool stack) {
   check_numbers(op, w_hat);
   const Tensor& t = w_hat.tensor;
   check(
       t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op,
       "expected ", w_hat.name, " in float32 or float64, as c3a.prepare makes it, got ",
       dtype_name(dtype_of(t)));
-  const bool blocks = t.dim() == 3 && t.size(0) >= 1 && t.size(1) >= 1;
+  bool blocks = t.dim() == (stack ? 4 : 3);
+  for (int64_t d = 0; blocks && d + 1 < t.dim(); ++d) blocks = t.size(d) >= 1;
   check(
-      blocks, op, "expected a prepared kernel ", w_hat.name, " of shape (m, n, numbers), got ",
+      blocks, op, stack ? "expected prepared kernels " : "expected a prepared kernel ", w_hat.name,
+      stack ? " of shape (adapters, m, n, numbers), got " : " of shape (m, n, numbers), got ",
       shape(t));
-  const int64_t length = prepared_length(t.size(0), t.size(1), b, t.is_cpu());
+  const int64_t length = prepared_length(t.size(-3), t.size(-2), b, t.is_cpu());
   check(
-      t.size(2) == length, op, "expected ", w_hat.name, ".size(-1) == ", length,
-      ", as c3a.prepare makes it for block_size = ", b, " on this device, got ", t.size(2));
+      t.size(-1) == length, op, "expected ", w_hat.name, ".size(-1) == ", length,
+      ", as c3a.prepare makes it for block_size = ", b, " on this device, got ", t.size(-1));
 }
 
-// One tensor of activations with a prepared kernel, and the transposed one for its gradient.
+// One tensor of activations with a prepared kernel, or a stack of them and an index, and the
+// transposed one for its gradient.
 inline Problem problem_of_prepared(
     const char* op, const Tensor& x, const Tensor& w_hat, int64_t b,
-    const std::optional<Tensor>& w_hat_transposed) {
+    const std::optional<Tensor>& w_hat_transposed, const Tensor* index = nullptr) {
   check_numbers(op, {"x", x});
-  const int64_t tokens = check_tokens(op, {"x", x});
+  const int64_t tokens = index ? check_rows(op, {"x", x}) : check_tokens(op, {"x", x});
   check(
       1 <= b && b <= std::max<int64_t>(1, x.size(-1)), op,
       "expected 1 <= block_size <= x.size(-1) = ", x.size(-1), ", got ", b);
-  check_prepared(op, {"w_hat", w_hat}, b);
+  check_prepared(op, {"w_hat", w_hat}, b, index);
   check_same_device(op, {"x", x}, {"w_hat", w_hat});
-  const Problem p{tokens, w_hat.size(0), w_hat.size(1), b};
+  const Problem p{tokens, w_hat.size(-3), w_hat.size(-2), b};
   check(
       x.size(-1) == p.in_features(), op,
       "expected x.size(-1) == n * block_size = ", p.in_features(),
-      " for a prepared kernel of shape ", shape(w_hat), ", got ", x.size(-1));
+      index ? " for prepared kernels of shape " : " for a prepared kernel of shape ", shape(w_hat),
+      ", got ", x.size(-1));
   check(
       x.scalar_type() != ScalarType::Double || w_hat.scalar_type() == ScalarType::Double, op,
       "expected w_hat in float64, as x is: c3a.prepare(w, torch.float64)");
   if (w_hat_transposed) {
     const Tensor& t = *w_hat_transposed;
-    check_prepared(op, {"w_hat_transposed", t}, b);
+    check_prepared(op, {"w_hat_transposed", t}, b, index);
     check_same_device(op, {"w_hat", w_hat}, {"w_hat_transposed", t});
-    const bool mirrored = t.size(0) == p.n && t.size(1) == p.m;
+    const bool mirrored =
+        t.size(-3) == p.n && t.size(-2) == p.m && t.size(0) == (index ? w_hat.size(0) : p.n);
     check(
-        mirrored, op, "expected w_hat_transposed of shape (n, m, numbers) with n = ", p.n,
-        " and m = ", p.m, ", got ", shape(t));
+        mirrored, op, "expected w_hat_transposed of shape (",
+        index ? "adapters, n, m, numbers) with adapters = " : "n, m, numbers) with ",
+        Part{[&](std::ostream& message) {
+          if (index) message << w_hat.size(0) << ", ";
+        }},
+        "n = ", p.n, " and m = ", p.m, ", got ", shape(t));
     check(
         t.scalar_type() == w_hat.scalar_type(), op,
         "expected w_hat and w_hat_transposed of one dtype, got ", dtype_name(dtype_of(w_hat)),
         " and ", dtype_name(dtype_of(t)));
   }
+  if (index) check_index(op, {"x", x}, *index, w_hat.size(0));
   return p;
 }
 
-// Two tensors of activations and a block size: the kernel gradient.
-inline Problem problem_of(const char* op, const Tensor& g, const Tensor& x, int64_t b) {
+// Two tensors of activations and a block size: the kernel gradient, or those of so many adapters.
+inline Problem problem_of(
+    const char* op, const Tensor& g, const Tensor& x, int64_t b, const Tensor* index = nullptr,
+    int64_t adapters = 1) {
   const Named named_g{"grad_output", g}, named_x{"x", x};
   check_numbers(op, named_g);
   check_numbers(op, named_x);
   check_same_device(op, named_g, named_x);
   check(b >= 1, op, "expected block_size >= 1, got ", b);
-  const int64_t tokens = check_tokens(op, named_g);
+  check(adapters >= 1, op, "expected adapters >= 1, got ", adapters);
+  const int64_t tokens = index ? check_rows(op, named_g) : check_tokens(op, named_g);
   check_tokens(op, named_x);
   check_same_leading(op, g, x);
   for (const Named& a : {named_g, named_x}) {
@@ -411,6 +474,7 @@ inline Problem problem_of(const char* op, const Tensor& g, const Tensor& x, int6
         features >= b && features % b == 0, op, "expected ", a.name,
         ".size(-1) to be a positive multiple of block_size = ", b, ", got ", features);
   }
+  if (index) check_index(op, named_x, *index, adapters);
   return {tokens, g.size(-1) / b, x.size(-1) / b, b};
 }
 

@@ -1,7 +1,8 @@
 // The CUDA back end. Two paths: fused (fused.cu), one launch for a tile of tokens, and cuFFT's,
 // chunk by chunk: convert, transform to spectra that lie bin by bin, one complex matrix product per
 // bin, transform back, add and convert. Everything is enqueued on the current stream; temporaries
-// and cuFFT's workspaces come from torch's allocator.
+// and cuFFT's workspaces come from torch's allocator. Calls with many kernels are composed of
+// ATen's operators (../cpp/composed.h).
 
 #include "cuda.h"
 
@@ -12,6 +13,7 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "../cpp/composed.h"
 #include "../cpp/cuda_controls.h"
 #include "kernels.h"
 #include "launch.h"
@@ -217,6 +219,24 @@ class Steps {
         .base = c.base ? operand(*c.base).data : nullptr,
         .w_hat = read<float2>(w_hat)};
     fused(problem, tile_of(c.p), device_, stream_);
+  }
+
+  // Many kernels, by ATen's operators. Prepared ones have the inverse transform's factor.
+  void convolve_many(const Convolution& c) const {
+    if (c.form != Form::prepared) return composed::convolve_many_kernels(c);
+    const Tensor w_hat = readable(c.kernel);
+    if (!has_fused_layout(c.p.b, w_hat.scalar_type())) {
+      return composed::convolve_many_prepared(c, composed::kNoScaling);
+    }
+    const int64_t blocks = c.p.m * c.p.n;
+    const Tensor every = composed::by_kernel(w_hat, blocks * c.p.b);
+    composed::convolve_many(c, composed::kNoScaling, [&](const Tensor& kernels) {
+      const Tensor slots = call_aten("aten::index_select", every, int64_t{0}, kernels);
+      const int64_t all = kernels.size(0) * blocks;
+      const Tensor bins = complexes<float>({c.p.bins(), all});
+      bins_of_slots(c.p.b, all, read<float2>(slots), data<float2>(bins), stream_);
+      return bins;
+    });
   }
 
   void prepare_fused(const Preparation& c) const {
@@ -464,6 +484,7 @@ void with_real(ScalarType type, const F& f) {
 void Cuda::convolve(const Convolution& c) {
   const torch::stable::accelerator::DeviceGuard guard(c.in.get_device_index());
   const Steps steps(c.p, c.in);
+  if (c.index) return steps.convolve_many(c);
   if (steps.is_fused(c)) return steps.convolve_fused(c);
   with_real(compute_type({c.in, c.kernel, c.out}), [&](auto zero) {
     steps.convolve_by_cufft<decltype(zero)>(c);
@@ -472,6 +493,7 @@ void Cuda::convolve(const Convolution& c) {
 
 void Cuda::gradients(const Gradients& c) {
   const torch::stable::accelerator::DeviceGuard guard(c.g.get_device_index());
+  if (c.index) return composed::gradients_of_many(c);
   const Steps steps(c.p, c.g);
   const auto by_cufft = [&](const Convolution* input) {
     with_real(compute_type({c.g, c.x, c.dw, c.dx ? *c.dx : c.dw}), [&](auto zero) {

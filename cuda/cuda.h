@@ -10,7 +10,8 @@ struct Cuda {
   static void convolve(const Convolution& c);
   static void gradients(const Gradients& c);
   static void prepare(const Preparation& c);
-  static void check_prepared(const char*, const Problem&, const Tensor&, const Tensor*) {}
+  static void check_prepared(
+      const char*, const Problem&, const Tensor&, const Tensor*, const Tensor*) {}
 };
 
 }  // namespace c3a::cuda

@@ -76,6 +76,28 @@ def second_gradients_are_those_of_one_process(_: Path) -> None:
             assert_same(a, b)
 
 
+def stacks_of_kernels_are_those_of_one_process(_: Path) -> None:
+    x, w, g = activations(N).requires_grad_(), numbers(3, M, N, B).requires_grad_(), activations(M)
+    index = torch.tensor([2, -1, 0, 2])
+    y = OPS.block_circ_conv_many(x, w, index, 0.5)
+    expected = torch.autograd.grad(y, (x, w), g)
+    w_hat = c3a.prepare(w.detach())
+    for of_x in OF_ACTIVATIONS:
+        for of_w, of_index in product((R, Shard(1), Shard(2)), (R, Shard(0))):
+            xs, ws = (
+                placed(t.detach(), where).requires_grad_() for t, where in ((x, of_x), (w, of_w))
+            )
+            indices = placed(index, of_index)
+            ys = OPS.block_circ_conv_many(xs, ws, indices, 0.5)
+            assert_same(ys, y)
+            for a, b in zip(torch.autograd.grad(ys, (xs, ws), placed(g, R)), expected, strict=True):
+                assert_same(a, b)
+        found = OPS.block_circ_conv_many_prepared(
+            placed(x.detach(), of_x), placed(w_hat, R), placed(index, R), B
+        )
+        assert_same(found, 2 * y.detach())
+
+
 def sums_are_those_of_one_process(_: Path) -> None:
     base, x, w, g = activations(M), activations(N), numbers(M, N, B), activations(M)
     tensors = [t.requires_grad_() for t in (base, x, w)]
@@ -254,6 +276,7 @@ CHECKS = [
     linear_layers_are_those_of_one_process,
     the_gradients_operators_are_those_of_one_process,
     prepared_kernels_are_gathered,
+    stacks_of_kernels_are_those_of_one_process,
     parts_are_made_without_communication,
     odd_numbers_of_blocks_are_gathered,
     layers_take_sequences_that_are_sharded,

@@ -23,9 +23,15 @@ class Prepared(NamedTuple):
     n: int
     b: int
     dtype: torch.dtype = torch.float32
+    stack: tuple[int, ...] = ()
 
     def on(self, device) -> torch.Tensor:
-        return OPS.prepare(torch.zeros(self.m, self.n, self.b, dtype=self.dtype, device=device))
+        shape = (*self.stack, self.m, self.n, self.b)
+        return OPS.prepare(torch.zeros(shape, dtype=self.dtype, device=device))
+
+
+def index(rows, dtype=torch.int64):
+    return (rows,), dtype
 
 
 BAD = [
@@ -261,6 +267,97 @@ BAD = [
         [of(2, 12), of(2, 12), of(2, 12), of(2, 3, 4)],
         "expected grad_output.size(-1) == m * b = 8 for a kernel of shape (2, 3, 4), got 12",
     ),
+    (
+        "block_circ_conv_many",
+        [of(2, 12), of(2, 3, 4), index(2)],
+        "expected kernels w of shape (adapters, m, n, b), each >= 1, got (2, 3, 4)",
+    ),
+    (
+        "block_circ_conv_many",
+        [of(2, 12), of(0, 2, 3, 4), index(2)],
+        "expected kernels w of shape (adapters, m, n, b), each >= 1, got (0, 2, 3, 4)",
+    ),
+    (
+        "block_circ_conv_many",
+        [of(12), of(5, 2, 3, 4), index(1)],
+        "expected x of shape (rows, ..., features), got (12,)",
+    ),
+    (
+        "block_circ_conv_many",
+        [of(2, 8), of(5, 2, 3, 4), index(2)],
+        "expected x.size(-1) == n * b = 12 for kernels of shape (5, 2, 3, 4), got 8",
+    ),
+    (
+        "block_circ_conv_many",
+        [of(2, 12), of(5, 2, 3, 4), index(2, torch.int32)],
+        "expected index to be int64, got int32",
+    ),
+    (
+        "block_circ_conv_many",
+        [of(2, 7, 12), of(5, 2, 3, 4), index(7)],
+        "expected index of shape (2,), an entry for each row of x, got (7,)",
+    ),
+    (
+        "block_circ_conv_many_add_",
+        [of(2, 8), of(2, 12), of(5, 2, 3, 4), of(2, 1, dtype=torch.int64)],
+        "expected index of shape (2,), an entry for each row of x, got (2, 1)",
+    ),
+    (
+        "block_circ_conv_many_add_",
+        [of(2, 9), of(2, 12), of(5, 2, 3, 4), index(2)],
+        "expected base of shape (2, 8), got (2, 9)",
+    ),
+    (
+        "block_circ_conv_many_input_grad",
+        [of(2, 12), of(5, 2, 3, 4), index(2)],
+        "expected grad_output.size(-1) == m * b = 8 for kernels of shape (5, 2, 3, 4), got 12",
+    ),
+    (
+        "block_circ_conv_many_input_grad",
+        [of(2, 8), of(5, 2, 3, 4), index(3)],
+        "expected index of shape (2,), an entry for each row of grad_output, got (3,)",
+    ),
+    (
+        "block_circ_conv_many_kernel_grad",
+        [of(2, 8), of(2, 12), index(2), 0, 4],
+        "expected adapters >= 1, got 0",
+    ),
+    (
+        "block_circ_conv_many_kernel_grad",
+        [of(2, 8), of(2, 13), index(2), 5, 4],
+        "expected x.size(-1) to be a positive multiple of block_size = 4, got 13",
+    ),
+    (
+        "block_circ_conv_many_kernel_grad",
+        [of(2, 8), of(2, 12), index(3), 5, 4],
+        "expected index of shape (2,), an entry for each row of x, got (3,)",
+    ),
+    (
+        "block_circ_conv_many_prepared",
+        [of(2, 8), Prepared(2, 2, 4), index(2), 4],
+        "expected prepared kernels w_hat of shape (adapters, m, n, numbers), got PREPARED",
+    ),
+    (
+        "block_circ_conv_many_prepared",
+        [of(2, 9), Prepared(2, 2, 4, stack=(5,)), index(2), 4],
+        "expected x.size(-1) == n * block_size = 8 for prepared kernels of shape PREPARED, got 9",
+    ),
+    (
+        "block_circ_conv_many_prepared",
+        [of(2, 12), Prepared(2, 3, 4, stack=(5,)), index(2), 4, Prepared(3, 2, 4, stack=(4,))],
+        "expected w_hat_transposed of shape (adapters, n, m, numbers) with adapters = 5, n = 3 and "
+        "m = 2, got PREPARED",
+    ),
+    (
+        "block_circ_conv_many_prepared_add_",
+        [of(2, 8), of(2, 12), Prepared(2, 3, 4, stack=(5,)), index(1), 4],
+        "expected index of shape (2,), an entry for each row of x, got (1,)",
+    ),
+    (
+        "block_circ_conv_many_prepared_add_",
+        [of(2, 8, dtype=torch.float64), of(2, 12), Prepared(2, 3, 4, stack=(5,)), index(2), 4],
+        "expected w_hat in float64, as base is: c3a.prepare(w, torch.float64)",
+    ),
 ]
 
 
@@ -272,7 +369,7 @@ def call(op, arguments, device) -> str:
             a = a.on(device)
             shape = str(tuple(a.shape))
         elif isinstance(a, tuple):
-            a = torch.empty(a[0], dtype=a[1], device=device)
+            a = torch.zeros(a[0], dtype=a[1], device=device)
         values.append(a)
     with pytest.raises(RuntimeError) as raised:
         getattr(OPS, op)(*values)

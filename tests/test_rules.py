@@ -473,6 +473,8 @@ def test_flops_are_counted_for_every_operator(device):
     tokens, m, n, b = 5, 2, 3, 8
     x, w, g = operands((tokens,), m, n, b, device=device)
     w_hat = c3a.prepare(w)
+    stack = torch.stack([w] * 7)
+    stack_hat, index = c3a.prepare(stack), torch.arange(tokens, device=device)
     weight = torch.ones(m * b, n * b, dtype=x.dtype, device=device)
     product = tokens * m * n * (3 * 8 + 2 * 2)  # three complex bins and two real ones
 
@@ -500,6 +502,23 @@ def test_flops_are_counted_for_every_operator(device):
             product + transforms(x, g) + g.numel()
         ),
         lambda: OPS.block_circ_conv_prepared_add_(g, x, w_hat, b): (
+            product + transforms(x, g) + g.numel()
+        ),
+        # As many kernels as there are rows are transformed, or all of them.
+        lambda: OPS.block_circ_conv_many(x, stack, index): product + transforms(x, stack[:5], g),
+        lambda: OPS.block_circ_conv_many_add_(g, x, stack[:3], index % 3): (
+            product + transforms(x, stack[:3], g) + g.numel()
+        ),
+        lambda: OPS.block_circ_conv_many_input_grad(g, stack, index): (
+            product + transforms(x, stack[:5], g)
+        ),
+        lambda: OPS.block_circ_conv_many_kernel_grad(g, x, index, 7, b): (
+            product + transforms(x, stack[:5], g)
+        ),
+        lambda: OPS.block_circ_conv_many_prepared(x, stack_hat, index, b): (
+            product + transforms(x, g)
+        ),
+        lambda: OPS.block_circ_conv_many_prepared_add_(g, x, stack_hat, index, b): (
             product + transforms(x, g) + g.numel()
         ),
     }

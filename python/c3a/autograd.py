@@ -7,7 +7,8 @@ bilinear, and the derivative of each is made of the other two (DESIGN.md, "Gradi
     I: dg = F(h, w)   dw = K(g, h)      for h, the gradient that arrives at I's result
     K: dg = F(x, v)   dx = I(g, v)      for v, the gradient that arrives at K's result
 
-A factor, ``scale``, passes through all of them unchanged. With a prepared kernel the product is
+With a stack of kernels and an index of rows, a constant, the same holds row by row. A factor,
+``scale``, passes through all of them unchanged. With a prepared kernel the product is
 linear in ``x``, and its gradient is the product with the prepared kernel of the transposed matrix.
 
 A *product* here is an operator with its derivative: ``save`` names what the derivative needs,
@@ -36,6 +37,10 @@ _ADD = _OPS.block_circ_conv_add.default
 _ADD_ = _OPS.block_circ_conv_add_.default
 _PREPARED = _OPS.block_circ_conv_prepared.default
 _PREPARED_ADD_ = _OPS.block_circ_conv_prepared_add_.default
+_MANY = _OPS.block_circ_conv_many.default
+_MANY_INPUT_GRAD = _OPS.block_circ_conv_many_input_grad.default
+_MANY_KERNEL_GRAD = _OPS.block_circ_conv_many_kernel_grad.default
+_MANY_PREPARED = _OPS.block_circ_conv_many_prepared.default
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Args = tuple[Any, ...]  # of an operator: tensors, None and constants
@@ -48,11 +53,55 @@ _Function = Callable[..., Any]
 
 
 class _Saved(NamedTuple):
-    """What the derivative of a bilinear operator needs beside tensors."""
+    """What the derivative of a bilinear operator needs beside tensors, and the three operators."""
 
     dtypes: tuple[torch.dtype, torch.dtype]
     block_size: int
     scale: float
+
+    def convolve(self, x: Tensor, w: Tensor) -> Tensor:
+        y: Tensor = _CONVOLVE(x, w, self.scale)
+        return y
+
+    def input_grad(self, g: Tensor, w: Tensor) -> Tensor:
+        dx: Tensor = _INPUT_GRAD(g, w, self.scale)
+        return dx
+
+    def kernel_grad(self, g: Tensor, x: Tensor) -> Tensor:
+        dw: Tensor = _KERNEL_GRAD(g, x, self.block_size, self.dtypes[1], self.scale)
+        return dw
+
+    def backward(self, g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = _BACKWARD(g, x, w, self.scale)
+        return both
+
+
+class _SavedOfMany(NamedTuple):
+    """The same for a stack of kernels; the index is there when gradients are wanted."""
+
+    dtypes: tuple[torch.dtype, torch.dtype]
+    adapters: int
+    block_size: int
+    scale: float
+    rows: Tensor | None = None  # the index
+
+    def convolve(self, x: Tensor, w: Tensor) -> Tensor:
+        y: Tensor = _MANY(x, w, self.rows, self.scale)
+        return y
+
+    def input_grad(self, g: Tensor, w: Tensor) -> Tensor:
+        dx: Tensor = _MANY_INPUT_GRAD(g, w, self.rows, self.scale)
+        return dx
+
+    def kernel_grad(self, g: Tensor, x: Tensor) -> Tensor:
+        dw: Tensor = _MANY_KERNEL_GRAD(
+            g, x, self.rows, self.adapters, self.block_size, self.dtypes[1], self.scale
+        )
+        return dw
+
+    def backward(self, g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        dx = self.input_grad(shapes.widened(g, x.dtype), w)
+        return dx.to(x.dtype), self.kernel_grad(g, x)
 
 
 @dataclass(frozen=True, eq=False)  # a key of dictionaries: itself, quickly
@@ -64,7 +113,7 @@ class Bilinear:
     """
 
     op: _private.Overload
-    vjp: Callable[[Tensor, _Operand, _Operand, _Wanted, _Saved], _Two]
+    vjp: Callable[[Tensor, _Operand, _Operand, _Wanted, Any], _Two]
     defaults: _Args  # of the constants: the dispatcher leaves out arguments that equal them
 
     def complete(self, args: _Args) -> _Args:
@@ -73,14 +122,15 @@ class Bilinear:
     def refuse(self, args: _Args) -> None:
         pass
 
-    def save(self, needs: _Wanted, args: _Args) -> tuple[_Two, _Saved]:
+    def save(self, needs: _Wanted, args: _Args) -> tuple[_Args, Any]:
         a, b, *constants = args
         block_size = constants[0] if len(constants) > 1 else b.shape[-1]
         kept = (a if needs[1] else None, b if needs[0] else None)
         return kept, _Saved((a.dtype, b.dtype), block_size, constants[-1])
 
-    def gradients(self, h: Tensor, kept: _Two, saved: _Saved, wanted: _Wanted) -> _Two:
-        return self.vjp(h, *kept, wanted, saved)
+    def gradients(self, h: Tensor, kept: _Args, saved: Any, wanted: _Wanted) -> _Two:
+        a, b = kept
+        return self.vjp(h, a, b, wanted, saved)
 
     def tangents(
         self, args: Sequence[Any], a_dot: Tensor | None, b_dot: Tensor | None, *_constants: None
@@ -90,14 +140,35 @@ class Bilinear:
         return terms if b_dot is None else [*terms, self.op(a, b_dot, *constants)]
 
 
-@dataclass(frozen=True, eq=False)  # a key of dictionaries: itself, quickly
-class Prepared:
-    """``op(x, w_hat, block_size, w_hat_transposed)``, linear in ``x``."""
-
-    op: _private.Overload
+class BilinearOfMany(Bilinear):
+    """``op(a, b, index, *constants)``; where there are several, the first two are sizes."""
 
     def complete(self, args: _Args) -> _Args:
-        return (*args, *(None,) * (4 - len(args)))
+        return (*args, *self.defaults[len(args) - 3 :])
+
+    def save(self, needs: _Wanted, args: _Args) -> tuple[_Args, _SavedOfMany]:
+        a, b, index, *constants = args
+        adapters, block_size = constants[:2] if len(constants) > 1 else (b.shape[0], b.shape[-1])
+        kept = (a if needs[1] else None, b if needs[0] else None, index)
+        return kept, _SavedOfMany((a.dtype, b.dtype), adapters, block_size, constants[-1])
+
+    def gradients(self, h: Tensor, kept: _Args, saved: _SavedOfMany, wanted: _Wanted) -> _Two:
+        a, b, index = kept
+        return self.vjp(h, a, b, wanted, saved._replace(rows=index))
+
+
+@dataclass(frozen=True, eq=False)  # a key of dictionaries: itself, quickly
+class Prepared:
+    """``op(x, w_hat, block_size, w_hat_transposed)``, linear in ``x``.
+
+    With a stack of kernels an index is the third of five arguments.
+    """
+
+    op: _private.Overload
+    arguments: int = 4
+
+    def complete(self, args: _Args) -> _Args:
+        return (*args, *(None,) * (self.arguments - len(args)))
 
     def refuse(self, args: _Args) -> None:
         """Raise where a gradient would be lost."""
@@ -105,9 +176,10 @@ class Prepared:
         name = f"c3a.{self.op.name().partition('::')[2]}"
         prepared = [t for t in (args[1], w_hat_transposed) if t is not None]
         if any(t.requires_grad for t in prepared) or _private.has_tangent(*prepared):
+            single = "" if self.arguments == 4 else "_many"
             raise RuntimeError(
                 f"{name}: a prepared kernel takes no gradient and no tangent, and w_hat has one; "
-                "call c3a.block_circ_conv(x, w), which differentiates in w"
+                f"call c3a.block_circ_conv{single}, which differentiates in w"
             )
         if x.requires_grad and w_hat_transposed is None:
             raise RuntimeError(
@@ -116,13 +188,15 @@ class Prepared:
                 "torch.no_grad()"
             )
 
-    def save(self, needs: _Wanted, args: _Args) -> tuple[_Two, int]:
-        _, w_hat, block_size, w_hat_transposed = args
-        return (w_hat, w_hat_transposed), block_size
+    def save(self, needs: _Wanted, args: _Args) -> tuple[_Args, int]:
+        _, w_hat, *index, block_size, w_hat_transposed = args
+        return (w_hat, w_hat_transposed, *index), block_size
 
-    def gradients(self, h: Tensor, kept: _Two, block_size: int, wanted: _Wanted) -> _Two:
-        w_hat, w_hat_transposed = kept
-        return (self.op(h, w_hat_transposed, block_size, w_hat) if wanted[0] else None, None)
+    def gradients(self, h: Tensor, kept: _Args, block_size: int, wanted: _Wanted) -> _Two:
+        w_hat, w_hat_transposed, *index = kept
+        if not wanted[0]:
+            return None, None
+        return self.op(h, w_hat_transposed, *index, block_size, w_hat), None
 
     def tangents(self, args: Sequence[Any], x_dot: Tensor | None, *_: None) -> list[Tensor]:
         return [] if x_dot is None else [self.op(x_dot, *args[1:])]
@@ -131,40 +205,39 @@ class Prepared:
 Product = Bilinear | Prepared
 
 
-def _vjp_forward(h: Tensor, x: _Operand, w: _Operand, wanted: _Wanted, saved: _Saved) -> _Two:
+def _vjp_forward(h: Tensor, x: _Operand, w: _Operand, wanted: _Wanted, saved: Any) -> _Two:
     if all(wanted):
-        both: _Two = _BACKWARD(h, x, w, saved.scale)
+        both: _Two = saved.backward(h, x, w)
         return both
     if wanted[0]:
-        return _INPUT_GRAD(h, w, saved.scale), None
-    return None, _kernel_grad(h, x, saved)
+        return saved.input_grad(h, w), None
+    return None, saved.kernel_grad(h, x)
 
 
-def _vjp_input_grad(h: Tensor, g: _Operand, w: _Operand, wanted: _Wanted, saved: _Saved) -> _Two:
-    dg = _CONVOLVE(h, w, saved.scale) if wanted[0] else None
-    dw = _kernel_grad(g, h, saved) if wanted[1] else None
+def _vjp_input_grad(h: Tensor, g: _Operand, w: _Operand, wanted: _Wanted, saved: Any) -> _Two:
+    dg = saved.convolve(h, w) if wanted[0] else None
+    dw = saved.kernel_grad(g, h) if wanted[1] else None
     return dg, dw
 
 
-def _vjp_kernel_grad(v: Tensor, g: _Operand, x: _Operand, wanted: _Wanted, saved: _Saved) -> _Two:
+def _vjp_kernel_grad(v: Tensor, g: _Operand, x: _Operand, wanted: _Wanted, saved: Any) -> _Two:
     of_g, of_x = saved.dtypes
     dg = dx = None
     if wanted[0]:
-        dg = _CONVOLVE(shapes.widened(x, of_g), v, saved.scale).to(of_g)
+        dg = saved.convolve(shapes.widened(x, of_g), v).to(of_g)
     if wanted[1]:
-        dx = _INPUT_GRAD(shapes.widened(g, of_x), v, saved.scale).to(of_x)
+        dx = saved.input_grad(shapes.widened(g, of_x), v).to(of_x)
     return dg, dx
-
-
-def _kernel_grad(g: Tensor, x: Tensor, saved: _Saved) -> Tensor:
-    dw: Tensor = _KERNEL_GRAD(g, x, saved.block_size, saved.dtypes[1], saved.scale)
-    return dw
 
 
 FORWARD = Bilinear(_CONVOLVE, _vjp_forward, (1.0,))
 INPUT_GRAD = Bilinear(_INPUT_GRAD, _vjp_input_grad, (1.0,))
 KERNEL_GRAD = Bilinear(_KERNEL_GRAD, _vjp_kernel_grad, (None, None, 1.0))
 PREPARED = Prepared(_PREPARED)
+MANY = BilinearOfMany(_MANY, _vjp_forward, (1.0,))
+MANY_INPUT_GRAD = BilinearOfMany(_MANY_INPUT_GRAD, _vjp_input_grad, (1.0,))
+MANY_KERNEL_GRAD = BilinearOfMany(_MANY_KERNEL_GRAD, _vjp_kernel_grad, (None, None, None, 1.0))
+MANY_PREPARED = Prepared(_MANY_PREPARED, arguments=5)
 
 # Autograd nodes
 
@@ -366,7 +439,19 @@ def sum_rule(op: _private.Overload, product: Product, name: str) -> _Function:
     return _recorded(op, product, _sum_node(name, product), 1)
 
 
-def in_place_rule(op: _private.Overload, functional: _private.Overload) -> _Function:
+def sum_of(product: Product, check: Callable[..., None]) -> Callable[..., Tensor]:
+    """Return what an operator in place does that has no functional one: a product, then a sum."""
+
+    def function(base: Tensor, x: Tensor, *args: Any) -> Tensor:
+        check(base, x, *args)
+        # The product is not rounded below the sum's dtype on the way.
+        total: Tensor = base + product.op(shapes.widened(x, base.dtype), *args)
+        return total
+
+    return function
+
+
+def in_place_rule(op: _private.Overload, functional: Callable[..., Tensor]) -> _Function:
     """Write in place, or where a graph or tangent is wanted, by autograd's own in-place copy."""
 
     check = shapes.argument_check(op)

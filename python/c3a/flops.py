@@ -87,6 +87,54 @@ def prepared_add(
     return prepared(x_shape, w_hat_shape, b) + math.prod(base_shape)
 
 
+# A stack's: the entries of the index are unknown here, so rows without a kernel count, and no more
+# kernels are transformed than there are rows.
+
+
+def many(x_shape: Shape, w_shape: Shape, index_shape: Shape, *_: object, **__: object) -> int:
+    adapters, m, n, b = w_shape
+    kernels = min(adapters, index_shape[0]) * m * n * b
+    return round(_transforms(kernels, b)) + _convolution(x_shape, m, n, b, kernel=False)
+
+
+def many_add_(
+    base_shape: Shape, x_shape: Shape, w_shape: Shape, index_shape: Shape, *_: object, **__: object
+) -> int:
+    return many(x_shape, w_shape, index_shape) + math.prod(base_shape)
+
+
+def many_kernel_grad(
+    g_shape: Shape,
+    x_shape: Shape,
+    index_shape: Shape,
+    adapters: int,
+    b: int,
+    *_: object,
+    **__: object,
+) -> int:
+    tokens, m, n = math.prod(x_shape[:-1]), g_shape[-1] // b, x_shape[-1] // b
+    numbers = tokens * (m + n) * b + min(adapters, index_shape[0]) * m * n * b
+    return round(_transforms(numbers, b)) + _product(tokens, m, n, b)
+
+
+def many_prepared(
+    x_shape: Shape, w_hat_shape: Shape, index_shape: Shape, b: int, *_: object, **__: object
+) -> int:
+    return _convolution(x_shape, w_hat_shape[1], w_hat_shape[2], b, kernel=False)
+
+
+def many_prepared_add_(
+    base_shape: Shape,
+    x_shape: Shape,
+    w_hat_shape: Shape,
+    index_shape: Shape,
+    b: int,
+    *_: object,
+    **__: object,
+) -> int:
+    return many_prepared(x_shape, w_hat_shape, index_shape, b) + math.prod(base_shape)
+
+
 # When a counter is made, it takes the formulas that there are: they are registered as the counters'
 # module is imported, which takes longer than importing this package, for it imports triton.
 

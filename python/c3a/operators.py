@@ -46,18 +46,34 @@ def _records() -> tuple[Operator, ...]:
     prepare = _OPS.prepare.default
     prepared_add = _OPS.block_circ_conv_prepared_add.default
     prepared_add_ = _OPS.block_circ_conv_prepared_add_.default
+    many = autograd.MANY.op
+    many_add_ = _OPS.block_circ_conv_many_add_.default
+    many_input_grad = autograd.MANY_INPUT_GRAD.op
+    many_kernel_grad = autograd.MANY_KERNEL_GRAD.op
+    many_prepared = autograd.MANY_PREPARED.op
+    many_prepared_add_ = _OPS.block_circ_conv_many_prepared_add_.default
 
-    over_forward = vmap.folded(forward, vmap.tokens_of(forward), vmap.kernels_of_forward)
+    over_forward = vmap.folded(
+        forward, vmap.tokens_of(forward), vmap.kernels_of_forward, vmap.rows_of(many)
+    )
     over_input_grad = vmap.folded(
-        input_grad, vmap.tokens_of(input_grad), vmap.kernels_of_input_grad
+        input_grad,
+        vmap.tokens_of(input_grad),
+        vmap.kernels_of_input_grad,
+        vmap.rows_of(many_input_grad),
     )
     over_kernel_grad = vmap.folded(
-        kernel_grad, vmap.outputs_of_kernel_grad, vmap.inputs_of_kernel_grad
+        kernel_grad,
+        vmap.outputs_of_kernel_grad,
+        vmap.inputs_of_kernel_grad,
+        vmap.rows_of_kernel_grad,
     )
     over_pair = vmap.pair(over_input_grad, over_kernel_grad)
     over_sum = vmap.summed(over_forward)
-    over_prepared = vmap.prepared(prepared)
+    over_prepared = vmap.prepared(prepared, many_prepared)
     over_prepared_sum = vmap.summed(over_prepared)
+    over_many = vmap.more_rows(many)
+    over_many_prepared = vmap.more_rows(many_prepared)
     return (
         Operator(
             op=forward,
@@ -157,6 +173,65 @@ def _records() -> tuple[Operator, ...]:
             vmap=vmap.in_place("block_circ_conv_prepared_add_", over_prepared_sum),
             flops=flops.prepared_add,
             sharding=sharding.PREPARED_ADD_,
+        ),
+        Operator(
+            op=many,
+            sharding=sharding.MANY,
+            fake=shapes.many,
+            autograd=autograd.product_rule(autograd.MANY, "BlockCircConvMany"),
+            vmap=over_many,
+            flops=flops.many,
+            autocast=_result_in_autocasts_dtype,
+        ),
+        Operator(
+            op=many_add_,
+            sharding=sharding.MANY_ADD_,
+            fake=shapes.many_add_,
+            autograd=autograd.in_place_rule(
+                many_add_, autograd.sum_of(autograd.MANY, shapes.many_add_)
+            ),
+            vmap=vmap.in_place("block_circ_conv_many_add_", vmap.summed(over_many)),
+            flops=flops.many_add_,
+        ),
+        Operator(
+            op=many_input_grad,
+            sharding=sharding.MANY_INPUT_GRAD,
+            fake=shapes.many_input_grad,
+            autograd=autograd.product_rule(autograd.MANY_INPUT_GRAD, "BlockCircConvManyInputGrad"),
+            vmap=vmap.more_rows(many_input_grad),
+            flops=flops.many,
+        ),
+        Operator(
+            op=many_kernel_grad,
+            sharding=sharding.MANY_KERNEL_GRAD,
+            fake=shapes.many_kernel_grad,
+            autograd=autograd.product_rule(
+                autograd.MANY_KERNEL_GRAD, "BlockCircConvManyKernelGrad"
+            ),
+            vmap=vmap.more_rows_of_kernel_grad,
+            flops=flops.many_kernel_grad,
+        ),
+        Operator(
+            op=many_prepared,
+            sharding=sharding.MANY_PREPARED,
+            fake=shapes.many_prepared,
+            autograd=autograd.product_rule(autograd.MANY_PREPARED, "BlockCircConvManyPrepared"),
+            vmap=over_many_prepared,
+            flops=flops.many_prepared,
+            autocast=_result_in_autocasts_dtype,
+        ),
+        Operator(
+            op=many_prepared_add_,
+            sharding=sharding.MANY_PREPARED_ADD_,
+            fake=shapes.many_prepared_add_,
+            autograd=autograd.in_place_rule(
+                many_prepared_add_,
+                autograd.sum_of(autograd.MANY_PREPARED, shapes.many_prepared_add_),
+            ),
+            vmap=vmap.in_place(
+                "block_circ_conv_many_prepared_add_", vmap.summed(over_many_prepared)
+            ),
+            flops=flops.many_prepared_add_,
         ),
     )
 

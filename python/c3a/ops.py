@@ -222,3 +222,88 @@ def block_circ_conv_prepared_add(
     """
     y: Tensor = _OPS.block_circ_conv_prepared_add(base, x, w_hat, block_size, w_hat_transposed)
     return y
+
+
+@typed_errors
+def block_circ_conv_many(x: Tensor, w: Tensor, index: Tensor, scale: float = 1.0) -> Tensor:
+    """Multiply every row by a block-circulant matrix of its own choice: many adapters in one batch.
+
+    Equivalent to ``y[r] = block_circ_conv(x[r], w[index[r]], scale)``, with the same bits on the
+    CPU, and zeros where ``index[r]`` is -1.
+
+    Args:
+        x: activations of shape ``(rows, ..., n*b)``: sequences, or single tokens ``(rows, n*b)``.
+        w: a stack of kernels, ``(adapters, m, n, b)``, on the same device. Only those that are
+            chosen are transformed.
+        index: int64, of shape ``(rows,)``, on ``x``'s device or the CPU: the kernel of each row, -1
+            for none. Neighbouring rows with one kernel are computed together.
+        scale: factor of the result.
+
+    Returns:
+        ``y`` of shape ``(rows, ..., m*b)``, contiguous, in ``x``'s dtype; dtypes of sums are as in
+        ``block_circ_conv``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device breaks a rule, or an index on the CPU is out of
+            range. An index on a GPU is not waited for: there an entry that is too large is torch's
+            own device-side assertion, and every negative one is none.
+
+    Differentiable any number of times in ``x`` and ``w``, in reverse and forward mode, like
+    ``block_circ_conv``; kernels that no row chooses get zeros. Works under ``torch.vmap``,
+    ``torch.compile`` and autocast. ``torch.ops.c3a.block_circ_conv_many_add_(base, x, w, index,
+    scale)`` adds the result onto ``base`` in place; rows without a kernel stay as they are.
+
+    On a GPU it is composed of torch's operators, in temporaries of a kernel's spectra for each row,
+    64 MiB at a time; it has not run on one yet.
+
+    >>> import c3a, torch
+    >>> w = torch.tensor([[[[1.0, 2.0, 3.0]]], [[[10.0, 20.0, 30.0]]]])
+    >>> x = torch.tensor([[1.0, 0.0, 0.0]]).expand(3, 3)
+    >>> c3a.block_circ_conv_many(x, w, torch.tensor([1, -1, 0]))
+    tensor([[10., 30., 20.],
+            [ 0.,  0.,  0.],
+            [ 1.,  3.,  2.]])
+    """
+    y: Tensor = _OPS.block_circ_conv_many(x, w, index, scale)
+    return y
+
+
+@typed_errors
+def block_circ_conv_many_prepared(
+    x: Tensor,
+    w_hat: Tensor,
+    index: Tensor,
+    block_size: int,
+    w_hat_transposed: Tensor | None = None,
+) -> Tensor:
+    """``block_circ_conv_many`` with prepared kernels: for serving, and for frozen adapters.
+
+    Equivalent to ``y[r] = block_circ_conv_prepared(x[r], w_hat[index[r]], block_size)``, and zeros
+    where ``index[r]`` is -1.
+
+    Args:
+        x, index: as for ``block_circ_conv_many``; ``x`` in float64 only if ``w_hat`` is.
+        w_hat: ``c3a.prepare`` of a stack of kernels, ``(adapters, m, n, numbers)``, or prepared
+            kernels stacked: those that are chosen of one dtype, the others may hold anything.
+        block_size: ``b``.
+        w_hat_transposed: the same, prepared with ``transposed=True``, if ``x`` requires a gradient.
+
+    Returns:
+        ``y`` of shape ``(rows, ..., m*b)``, contiguous, in ``x``'s dtype.
+
+    Raises:
+        RuntimeError: as for ``block_circ_conv_prepared`` and ``block_circ_conv_many``.
+
+    Differentiable any number of times in ``x``. ``torch.ops.c3a.block_circ_conv_many_prepared_add_
+    (base, x, w_hat, index, block_size)`` adds the result onto ``base`` in place.
+
+    >>> import c3a, torch
+    >>> w_hat = c3a.prepare(torch.tensor([[[[1.0, 2.0, 3.0]]], [[[10.0, 20.0, 30.0]]]]))
+    >>> x = torch.tensor([[1.0, 0.0, 0.0]]).expand(3, 3)
+    >>> c3a.block_circ_conv_many_prepared(x, w_hat, torch.tensor([1, -1, 0]), 3)
+    tensor([[10., 30., 20.],
+            [ 0.,  0.,  0.],
+            [ 1.,  3.,  2.]])
+    """
+    y: Tensor = _OPS.block_circ_conv_many_prepared(x, w_hat, index, block_size, w_hat_transposed)
+    return y

@@ -142,24 +142,62 @@ def _check_writable(op: str, base: Tensor, name: str = "base") -> None:
     )
 
 
-def _check_operands(op: str, name: str, a: Tensor, w: Tensor, blocks: str) -> None:
-    """Check one tensor of activations and a kernel; ``blocks`` is ``"n"`` or ``"m"``."""
+def _check_stack(op: str, w: Tensor) -> None:
+    _check_numbers(op, "w", w)
+    right = w.dim() == 4 and all(size >= 1 for size in w.shape)
+    expected = "kernels w of shape (adapters, m, n, b), each >= 1"
+    _check(op, right, lambda: f"expected {expected}, got {_text(w.shape)}")
+
+
+def _check_rows(op: str, name: str, t: Tensor) -> None:
+    expected = f"{name} of shape (rows, ..., features)"
+    _check(op, t.dim() >= 2, lambda: f"expected {expected}, got {_text(t.shape)}")
+
+
+def _check_index(op: str, name: str, a: Tensor, index: Tensor) -> None:
+    """Check which kernel of a stack each row takes, but for the entries, which may be unknown."""
+    _check_dense(op, "index", index)
+    is_int64 = index.dtype == torch.int64
+    _check(op, is_int64, lambda: f"expected index to be int64, got {_name(index.dtype)}")
+    if index.device.type != "cpu":
+        _check_same_device(op, "index", index, name, a)
+    right = index.dim() == 1 and index.shape[0] == a.shape[0]
+    expected = f"index of shape ({a.shape[0]},), an entry for each row of {name}"
+    _check(op, right, lambda: f"expected {expected}, got {_text(index.shape)}")
+
+
+def _check_operands(
+    op: str, name: str, a: Tensor, w: Tensor, blocks: str, index: Tensor | None = None
+) -> None:
+    """Check one tensor of activations with a kernel, or with a stack of them and an index.
+
+    ``blocks`` is ``"n"`` or ``"m"``.
+    """
     _check_numbers(op, name, a)
-    _check_kernel(op, w)
+    if index is None:
+        _check_kernel(op, w)
+    else:
+        _check_stack(op, w)
     _check_same_device(op, name, a, "w", w)
-    _check_tokens(op, name, a)
-    features = w.shape["mn".index(blocks)] * w.shape[2]
+    if index is None:
+        _check_tokens(op, name, a)
+    else:
+        _check_rows(op, name, a)
+    features = w.shape["mn".index(blocks) - 3] * w.shape[-1]
+    kernel = "a kernel" if index is None else "kernels"
     _check(
         op,
         a.shape[-1] == features,
         lambda: (
-            f"expected {name}.size(-1) == {blocks} * b = {features} for a kernel of shape "
+            f"expected {name}.size(-1) == {blocks} * b = {features} for {kernel} of shape "
             f"{_text(w.shape)}, got {a.shape[-1]}"
         ),
     )
+    if index is not None:
+        _check_index(op, name, a, index)
 
 
-def _check_prepared(op: str, name: str, w_hat: Tensor, b: int) -> None:
+def _check_prepared(op: str, name: str, w_hat: Tensor, b: int, stack: bool) -> None:
     _check_numbers(op, name, w_hat)
     _check(
         op,
@@ -169,52 +207,72 @@ def _check_prepared(op: str, name: str, w_hat: Tensor, b: int) -> None:
             f"{_name(w_hat.dtype)}"
         ),
     )
-    blocks = w_hat.dim() == 3 and w_hat.shape[0] >= 1 and w_hat.shape[1] >= 1
+    blocks = w_hat.dim() == (4 if stack else 3) and all(size >= 1 for size in w_hat.shape[:-1])
     expected = f"a prepared kernel {name} of shape (m, n, numbers)"
+    if stack:
+        expected = f"prepared kernels {name} of shape (adapters, m, n, numbers)"
     _check(op, blocks, lambda: f"expected {expected}, got {_text(w_hat.shape)}")
-    length = prepared_length(w_hat.shape[0], w_hat.shape[1], b, w_hat.device)
+    length = prepared_length(w_hat.shape[-3], w_hat.shape[-2], b, w_hat.device)
     _check(
         op,
-        w_hat.shape[2] == length,
+        w_hat.shape[-1] == length,
         lambda: (
             f"expected {name}.size(-1) == {length}, as c3a.prepare makes it for block_size = {b} "
-            f"on this device, got {w_hat.shape[2]}"
+            f"on this device, got {w_hat.shape[-1]}"
         ),
     )
 
 
 def _check_product(
-    op: str, x: Tensor, w_hat: Tensor, b: int, w_hat_transposed: Tensor | None
+    op: str,
+    x: Tensor,
+    w_hat: Tensor,
+    b: int,
+    w_hat_transposed: Tensor | None,
+    index: Tensor | None = None,
 ) -> int:
-    """Check activations and a prepared kernel; return the result's features."""
+    """Check activations and a prepared kernel, or a stack of them; return the result's features."""
     _check_numbers(op, "x", x)
-    _check_tokens(op, "x", x)
+    stack = index is not None
+    if stack:
+        _check_rows(op, "x", x)
+    else:
+        _check_tokens(op, "x", x)
     features = x.shape[-1]
     rule = "1 <= block_size <= x.size(-1)"
     right = b >= 1 and (b == 1 or b <= features)
     _check(op, right, lambda: f"expected {rule} = {features}, got {b}")
-    _check_prepared(op, "w_hat", w_hat, b)
+    _check_prepared(op, "w_hat", w_hat, b, stack)
     _check_same_device(op, "x", x, "w_hat", w_hat)
-    m, n, _ = w_hat.shape
+    *adapters, m, n, _ = w_hat.shape
+    kernel = "prepared kernels" if stack else "a prepared kernel"
     _check(
         op,
         x.shape[-1] == n * b,
         lambda: (
-            f"expected x.size(-1) == n * block_size = {n * b} for a prepared kernel of shape "
+            f"expected x.size(-1) == n * block_size = {n * b} for {kernel} of shape "
             f"{_text(w_hat.shape)}, got {x.shape[-1]}"
         ),
     )
     _check_wide_enough(op, "x", x, w_hat)
     if w_hat_transposed is not None:
         t = w_hat_transposed
-        _check_prepared(op, "w_hat_transposed", t, b)
+        _check_prepared(op, "w_hat_transposed", t, b, stack)
         _check_same_device(op, "w_hat", w_hat, "w_hat_transposed", t)
-        mirrored = t.shape[0] == n and t.shape[1] == m
+        sizes = (*adapters, n, m)
+        mirrored = all(p == q for p, q in zip(t.shape[:-1], sizes, strict=True))
         rule = f"w_hat_transposed of shape (n, m, numbers) with n = {n} and m = {m}"
+        if stack:
+            rule = (
+                "w_hat_transposed of shape (adapters, n, m, numbers) with adapters = "
+                f"{adapters[0]}, n = {n} and m = {m}"
+            )
         _check(op, mirrored, lambda: f"expected {rule}, got {_text(t.shape)}")
         rule = "w_hat and w_hat_transposed of one dtype"
         got = f"{_name(w_hat.dtype)} and {_name(t.dtype)}"
         _check(op, t.dtype == w_hat.dtype, lambda: f"expected {rule}, got {got}")
+    if index is not None:
+        _check_index(op, "x", x, index)
     return m * b
 
 
@@ -282,19 +340,37 @@ def input_grad(g: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
 def kernel_grad(
     g: Tensor, x: Tensor, block_size: int, dtype: torch.dtype | None = None, scale: float = 1.0
 ) -> Tensor:
-    op = "block_circ_conv_kernel_grad"
+    return _kernel_grad("block_circ_conv_kernel_grad", g, x, block_size, dtype, None, ())
+
+
+def _kernel_grad(
+    op: str,
+    g: Tensor,
+    x: Tensor,
+    block_size: int,
+    dtype: torch.dtype | None,
+    index: Tensor | None,
+    stack: tuple[int, ...],
+) -> Tensor:
     _check_numbers(op, "grad_output", g)
     _check_numbers(op, "x", x)
     _check_same_device(op, "grad_output", g, "x", x)
     _check(op, block_size >= 1, lambda: f"expected block_size >= 1, got {block_size}")
-    _check_tokens(op, "grad_output", g)
+    for adapters in stack:
+        _check(op, adapters >= 1, lambda: f"expected adapters >= 1, got {stack[0]}")
+    if index is None:
+        _check_tokens(op, "grad_output", g)
+    else:
+        _check_rows(op, "grad_output", g)
     _check_tokens(op, "x", x)
     _check_same_leading(op, g, x)
     for name, a in (("grad_output", g), ("x", x)):
         _check_multiple(op, name, a.shape[-1], block_size)
+    if index is not None:
+        _check_index(op, "x", x, index)
     dtype = dtype or g.dtype
     _check_supported(op, "dtype", dtype)
-    shape = (g.shape[-1] // block_size, x.shape[-1] // block_size, block_size)
+    shape = (*stack, g.shape[-1] // block_size, x.shape[-1] // block_size, block_size)
     return g.new_empty(shape, dtype=dtype)
 
 
@@ -371,5 +447,61 @@ def prepared_add_(
 ) -> None:
     op = "block_circ_conv_prepared_add_"
     _check_base(op, base, x, _check_product(op, x, w_hat, block_size, w_hat_transposed))
+    _check_wide_enough(op, "base", base, w_hat)
+    _check_writable(op, base)
+
+
+def many(x: Tensor, w: Tensor, index: Tensor, scale: float = 1.0) -> Tensor:
+    _check_operands("block_circ_conv_many", "x", x, w, "n", index)
+    return x.new_empty((*x.shape[:-1], w.shape[1] * w.shape[3]))
+
+
+def many_add_(base: Tensor, x: Tensor, w: Tensor, index: Tensor, scale: float = 1.0) -> None:
+    op = "block_circ_conv_many_add_"
+    _check_operands(op, "x", x, w, "n", index)
+    _check_base(op, base, x, w.shape[1] * w.shape[3])
+    _check_writable(op, base)
+
+
+def many_input_grad(g: Tensor, w: Tensor, index: Tensor, scale: float = 1.0) -> Tensor:
+    _check_operands("block_circ_conv_many_input_grad", "grad_output", g, w, "m", index)
+    return g.new_empty((*g.shape[:-1], w.shape[2] * w.shape[3]))
+
+
+def many_kernel_grad(
+    g: Tensor,
+    x: Tensor,
+    index: Tensor,
+    adapters: int,
+    block_size: int,
+    dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    op = "block_circ_conv_many_kernel_grad"
+    return _kernel_grad(op, g, x, block_size, dtype, index, (adapters,))
+
+
+def many_prepared(
+    x: Tensor,
+    w_hat: Tensor,
+    index: Tensor,
+    block_size: int,
+    w_hat_transposed: Tensor | None = None,
+) -> Tensor:
+    op = "block_circ_conv_many_prepared"
+    features = _check_product(op, x, w_hat, block_size, w_hat_transposed, index)
+    return x.new_empty((*x.shape[:-1], features))
+
+
+def many_prepared_add_(
+    base: Tensor,
+    x: Tensor,
+    w_hat: Tensor,
+    index: Tensor,
+    block_size: int,
+    w_hat_transposed: Tensor | None = None,
+) -> None:
+    op = "block_circ_conv_many_prepared_add_"
+    _check_base(op, base, x, _check_product(op, x, w_hat, block_size, w_hat_transposed, index))
     _check_wide_enough(op, "base", base, w_hat)
     _check_writable(op, base)

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 _DTENSOR = "torch.distributed.tensor"
 
-# Whole in each process, a summand, sharded on a dimension of the tokens, on the last, or the first
-# or second dimension.
-_Place = Literal["whole", "summand", "tokens", "last", 0, 1]
+# Whole in each process, a summand, sharded on a dimension of the tokens, on the first one where the
+# tokens' first one is, on the last, or on a numbered one.
+_Place = Literal["whole", "summand", "tokens", "rows", "last", 0, 1, 2]
 
 
 class _Part(NamedTuple):
@@ -45,6 +45,9 @@ _W = _Part("whole", 0, 1)  # also a linear layer's weight
 _DW = _Part("summand", 0, 1)
 _BIAS = _Part("whole", 0, "summand")
 _PREPARED = _Part("whole", "whole", "whole")
+_STACK = _Part("whole", 1, 2)
+_STACK_GRAD = _Part("summand", 1, 2)
+_INDEX = _Part("rows", "whole", "whole")
 
 
 @dataclass(frozen=True)
@@ -86,23 +89,26 @@ class Parts:
 def _placement(place: _Place, dimension: int) -> "Placement":
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    if place == "whole":
+    if place == "whole" or (place == "rows" and dimension > 0):
         return Replicate()
+    if place == "rows":
+        return Shard(0)
     if place == "summand":
         return Partial()
     return Shard(dimension if isinstance(place, str) else place)
 
 
 def _of_kernel(place: int) -> Callable[..., Sequence[int]]:
-    return lambda *args: args[place].shape[:2]
+    return lambda *args: args[place].shape[-3:-1]
 
 
 def _indivisible(*_: object) -> Sequence[int]:
     return 1, 1
 
 
-def _of_activations(g: Any, x: Any, block_size: int, *_: object) -> Sequence[int]:
-    return g.shape[-1] // block_size, x.shape[-1] // block_size
+def _of_activations(place: int) -> Callable[..., Sequence[int]]:
+    """Return the blocks of two activations; the argument at ``place`` is the block size."""
+    return lambda g, x, *args: (g.shape[-1] // args[place - 2], x.shape[-1] // args[place - 2])
 
 
 FORWARD = Parts((_Y,), (_X, _W), _of_kernel(1))
@@ -110,11 +116,17 @@ ADD = Parts((_Y,), (_Y, _X, _W), _of_kernel(2))
 ADD_ = Parts((), (_Y, _X, _W), _of_kernel(2))
 LINEAR = Parts((_Y,), (_X, _W, _BIAS, _W), _of_kernel(3))
 INPUT_GRAD = Parts((_DX,), (_G, _W), _of_kernel(1))
-KERNEL_GRAD = Parts((_DW,), (_G, _X), _of_activations)
+KERNEL_GRAD = Parts((_DW,), (_G, _X), _of_activations(2))
 BACKWARD = Parts((_DX, _DW), (_G, _X, _W), _of_kernel(2))
 PREPARED = Parts((_Y,), (_X, _PREPARED, None, _PREPARED), _indivisible)
 PREPARED_ADD = Parts((_Y,), (_Y, _X, _PREPARED, None, _PREPARED), _indivisible)
 PREPARED_ADD_ = Parts((), (_Y, _X, _PREPARED, None, _PREPARED), _indivisible)
+MANY = Parts((_Y,), (_X, _STACK, _INDEX), _of_kernel(1))
+MANY_ADD_ = Parts((), (_Y, _X, _STACK, _INDEX), _of_kernel(2))
+MANY_INPUT_GRAD = Parts((_DX,), (_G, _STACK, _INDEX), _of_kernel(1))
+MANY_KERNEL_GRAD = Parts((_STACK_GRAD,), (_G, _X, _INDEX), _of_activations(4))
+MANY_PREPARED = Parts((_Y,), (_X, _PREPARED, _INDEX, None, _PREPARED), _indivisible)
+MANY_PREPARED_ADD_ = Parts((), (_Y, _X, _PREPARED, _INDEX, None, _PREPARED), _indivisible)
 
 
 def backward_add_(dx: Any, g: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:

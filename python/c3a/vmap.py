@@ -1,6 +1,8 @@
 """vmap: a batch of one operand folds into the sizes that the other does not share.
 
-Activations fold into tokens or block rows, kernels into m or n. Batches of both run one by one.
+Activations fold into tokens or block rows, kernels into m or n. Where both are batches, they are
+rows and a stack of kernels for one call of the operators that take these, and so are batches of
+those operators themselves.
 """
 
 from collections.abc import Callable
@@ -26,24 +28,12 @@ Result = tuple[Tensor, int | None]  # with the dimension of its batch
 Rule = Callable[..., Result]
 
 
-def one_by_one(op: Overload) -> Rule:
-    """Return the rule that calls ``op`` for each entry of a batch."""
-
-    def rule(info: Info, in_dims: Dims, *args: Any) -> Result:
-        batches = [
-            [t] * info.batch_size if dim is None else t.unbind(dim)
-            for t, dim in zip(args, in_dims, strict=True)
-        ]
-        return torch.stack([op(*entry) for entry in zip(*batches, strict=True)]), 0
-
-    return rule
-
-
-def folded(op: Overload, fold_first: Rule, fold_second: Rule) -> Rule:
+def folded(op: Overload, fold_first: Rule, fold_second: Rule, fold_both: Rule) -> Rule:
     """Return the rule of ``op(a, b, *constants)``.
 
     ``fold_first(a, b, size, *constants)`` runs with ``a`` alone batched, along dimension 0, and
-    returns the result with the dimension of its batch; ``fold_second`` likewise for ``b``.
+    returns the result with the dimension of its batch; ``fold_second`` likewise for ``b``, and
+    ``fold_both`` for both.
     """
 
     def rule(info: Info, in_dims: Dims, a: Tensor, b: Tensor, *constants: Any) -> Result:
@@ -54,9 +44,76 @@ def folded(op: Overload, fold_first: Rule, fold_second: Rule) -> Rule:
             return fold_second(a, b.movedim(b_dim, 0), info.batch_size, *constants)
         if b_dim is None:
             return fold_first(a.movedim(a_dim, 0), b, info.batch_size, *constants)
-        return one_by_one(op)(info, in_dims, a, b, *constants)
+        return fold_both(a.movedim(a_dim, 0), b.movedim(b_dim, 0), info.batch_size, *constants)
 
     return rule
+
+
+def rows_of(many: Overload) -> Rule:
+    """Fold both batches of an operator into rows, each with a kernel of its own."""
+
+    def rule(a: Tensor, w: Tensor, size: int, *constants: Any) -> Result:
+        return many(a, w, torch.arange(size, device=a.device), *constants), 0
+
+    return rule
+
+
+def rows_of_kernel_grad(
+    g: Tensor, x: Tensor, size: int, block_size: int, *constants: Any
+) -> Result:
+    many = _OPS.block_circ_conv_many_kernel_grad
+    return many(g, x, torch.arange(size, device=g.device), size, block_size, *constants), 0
+
+
+def _batch_of(t: Tensor, dim: int | None, size: int) -> Tensor:
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _joined(index: Tensor, dim: int | None, size: int, adapters: int) -> Tensor:
+    """Return the index of all rows into as many stacks of kernels, joined to one."""
+    index = _batch_of(index, dim, size)
+    first = adapters * torch.arange(size, device=index.device).unsqueeze(-1)
+    return torch.where(index < 0, index, index + first).flatten()
+
+
+def more_rows(op: Overload) -> Rule:
+    """Return the rule of ``op(a, w, index, *constants)``: every batch becomes more rows.
+
+    Of prepared kernels the last constant is a stack too.
+    """
+
+    def rule(info: Info, in_dims: Dims, a: Tensor, w: Tensor, *rest: Any) -> Result:
+        index, *constants = rest
+        size, (a_dim, w_dim, index_dim, *other_dims) = info.batch_size, in_dims
+        dims = (w_dim, *other_dims)
+        if index_dim is None and all(dim is None for dim in dims):
+            if a_dim is None:
+                return op(a, w, index, *constants), None
+            return op(a.movedim(a_dim, 1), w, index, *constants), 1
+        adapters, stacks = 0, [w, *constants]
+        if any(dim is not None for dim in dims):
+            adapters = w.shape[0] if w_dim is None else w.movedim(w_dim, 0).shape[1]
+            stacks = [
+                _batch_of(t, dim, size).flatten(0, 1) if isinstance(t, Tensor) else t
+                for t, dim in zip(stacks, dims, strict=True)
+            ]
+        rows = _batch_of(a, a_dim, size)
+        index = _joined(index, index_dim, size, adapters)
+        y: Tensor = op(rows.flatten(0, 1), stacks[0], index, *stacks[1:])
+        return y.unflatten(0, (size, rows.shape[1])), 0
+
+    return rule
+
+
+def more_rows_of_kernel_grad(
+    info: Info, in_dims: Dims, g: Tensor, x: Tensor, index: Tensor, adapters: int, *rest: Any
+) -> Result:
+    size = info.batch_size
+    rows, of_x = _batch_of(g, in_dims[0], size), _batch_of(x, in_dims[1], size)
+    index = _joined(index, in_dims[2], size, adapters)
+    many = _OPS.block_circ_conv_many_kernel_grad
+    dw = many(rows.flatten(0, 1), of_x.flatten(0, 1), index, size * adapters, *rest)
+    return dw.unflatten(0, (size, adapters)), 0
 
 
 def tokens_of(op: Overload) -> Rule:
@@ -83,15 +140,27 @@ def inputs_of_kernel_grad(g: Tensor, x: Tensor, size: int, *constants: Any) -> R
     return dw.unflatten(1, (size, -1)), 1
 
 
-def prepared(op: Overload) -> Rule:
-    """Return the rule of a product with a prepared kernel: batches of activations are tokens."""
+def prepared(op: Overload, many: Overload) -> Rule:
+    """Return the rule of a product with a prepared kernel: tokens, or rows with kernels."""
 
-    def rule(info: Info, in_dims: Dims, x: Tensor, *rest: Any) -> Result:
-        if any(dim is not None for dim in in_dims[1:]):
-            return one_by_one(op)(info, in_dims, x, *rest)
-        if in_dims[0] is None:
-            return op(x, *rest), None
-        return op(x.movedim(in_dims[0], 0), *rest), 0
+    def rule(
+        info: Info,
+        in_dims: Dims,
+        x: Tensor,
+        w_hat: Tensor,
+        block_size: int,
+        w_hat_transposed: Tensor | None = None,
+    ) -> Result:
+        x_dim, w_dim, _, *t_dim = in_dims
+        if w_dim is None and t_dim in ([], [None]):
+            if x_dim is None:
+                return op(x, w_hat, block_size, w_hat_transposed), None
+            return op(x.movedim(x_dim, 0), w_hat, block_size, w_hat_transposed), 0
+        size = info.batch_size
+        if w_hat_transposed is not None:
+            w_hat_transposed = _batch_of(w_hat_transposed, t_dim[0], size)
+        w_hat, index = _batch_of(w_hat, w_dim, size), torch.arange(size, device=x.device)
+        return many(_batch_of(x, x_dim, size), w_hat, index, block_size, w_hat_transposed), 0
 
     return rule
 

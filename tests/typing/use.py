@@ -47,6 +47,8 @@ assert_type(c3a.block_circ_conv(x, w, scale=0.1), Tensor)
 assert_type(c3a.block_circ_conv_add(x, x, w), Tensor)
 assert_type(c3a.block_circ_conv_prepared(x, w_hat, 16), Tensor)
 assert_type(c3a.block_circ_conv_prepared_add(x, x, w_hat, 16, None), Tensor)
+assert_type(c3a.block_circ_conv_many(x, w, torch.zeros(1, dtype=torch.int64), 0.5), Tensor)
+assert_type(c3a.block_circ_conv_many_prepared(x, w_hat, torch.zeros(1), 16, None), Tensor)
 assert_type(c3a.circulant(w), Tensor)
 assert_type(c3a.nearest_kernel(x, 16, pad=True), tuple[Tensor, Tensor])
 c3a.block_circ_conv(x, w, "one")  # type: ignore[arg-type]
