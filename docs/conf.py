@@ -30,7 +30,16 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_use_rtype = False
 # A variable of types, for "the same kind of model": it has no place of its own.
-nitpick_ignore = [("py:class", "c3a.patch.Model")]
+nitpick_ignore = [
+    ("py:class", name)
+    for name in (
+        "c3a.patch.Model",
+        "c3a.fsdp.Model",
+        "DeviceMesh",
+        "MixedPrecisionPolicy",
+        "torch.distributed.tensor.placement_types.Placement",
+    )
+]
 copybutton_prompt_text = ">>> "
 html_theme = "furo"
 html_static_path = ["site.css"]

@@ -81,7 +81,7 @@ class Layer:
 
     def input(self, draw: random.Random) -> Tensor:
         sizes = draw.choice([(1,), (), (1, 1), (draw.randint(2, 40),), (3, draw.randint(1, 20))])
-        return torch.randn(*sizes, self.layer.in_features, dtype=self.layer.c3a_kernel.dtype)
+        return torch.randn(*sizes, self.layer.in_features, dtype=self.layer.base_layer.weight.dtype)
 
     def check(self, x: Tensor, y: Tensor, what: str) -> None:
         expected = x.detach().double() @ self.matrix.T + self.bias

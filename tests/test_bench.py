@@ -109,7 +109,7 @@ def test_every_part_runs_and_says_its_marks(tmp_path):
     marks = {part: len(result["marks"]) for part, result in figures.items()}
     # A geometric mean and a shape, two dtypes, one thread and two.
     assert marks["layers"] == 8
-    assert (marks["models"], marks["compiled"]) == (1, 2)
+    assert (marks["models"], marks["compiled"]) == (3, 2)
     assert marks["many"] == 5  # the loop at one token, then two ratios at 16 and at 64
     assert marks["small"] == marks["memory"] == marks["threads"] == 1
     count = sum(marks.values())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import _library  # loads the operators that the modules below give rules for
 from .adapter import load_adapter, save_adapter
-from .distributed import fully_shard
+from .fsdp import fully_shard
 from .groups import param_groups
 from .linear import C3ALinear
 from .ops import (
