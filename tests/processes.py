@@ -39,7 +39,12 @@ def errors_in(count: int, checks: Sequence[Check], folder: Path) -> dict[str, st
     One start of processes, which takes seconds, serves them all. The checks are functions of a
     module that the processes can import; each gets a folder that is the same in all.
     """
-    torch.multiprocessing.spawn(_process, (count, folder, checks), nprocs=count)
+    try:
+        torch.multiprocessing.spawn(_process, (count, folder, checks), nprocs=count)
+    except torch.multiprocessing.ProcessExitedException as error:
+        # Seen now and then as torch's processes end, whatever they ran: once more, then it counts.
+        print(f"a process ended by itself, all start again: {error}")
+        torch.multiprocessing.spawn(_process, (count, folder, checks), nprocs=count)
     said = [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(count)]
     return {
         check.__name__: next(filter(None, (errors[check.__name__] for errors in said)), "")
