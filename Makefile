@@ -169,7 +169,7 @@ MACHINE ?= $(THIS_MACHINE)
 PLATFORM := manylinux_2_28_$(MACHINE)
 ifneq ($(MACHINE),$(THIS_MACHINE))
 CROSS := CMAKE_TOOLCHAIN_FILE="$(CURDIR)/build_support/$(MACHINE).cmake" \
-	_PYTHON_HOST_PLATFORM=linux-$(MACHINE)
+	C3A_WHEEL_PLATFORM=linux-$(MACHINE)
 endif
 # It repairs other machines' wheels, but offers this machine's platforms only.
 AUDITWHEEL = $(PY) -c "import platform, sys; platform.machine = lambda: '$(MACHINE)'; \

@@ -11,6 +11,10 @@ import find_torch
 from scikit_build_core import build as _build
 from scikit_build_core.build import *  # noqa: F403
 
+# Said to the wheel's builder alone: pip would install build tools of that platform.
+if platform := os.environ.get("C3A_WHEEL_PLATFORM"):
+    os.environ["_PYTHON_HOST_PLATFORM"] = platform
+
 
 def _torch_if_missing() -> list[str]:
     if os.environ.get("C3A_TORCH_ROOT") or find_torch.torch_root():
