@@ -1,5 +1,6 @@
 """What test_sharding.py runs in two processes with transformers and accelerate."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 import c3a
 from sharded_models import trained, whole
 
+transformers.logging.disable_progress_bar()
 TOKENS = torch.stack([torch.arange(1, 9), torch.arange(15, 7, -1)] * 2)
 
 
@@ -106,20 +108,23 @@ def sharded_models_are_not_unpatched(_: Path) -> None:
     assert not any(layer.merged for layer in c3a.patch.adapted_layers(model).values())
 
 
-def _accelerator(**options: object) -> Accelerator:
-    """Return accelerate's FSDP2 on the CPU, where it leaves the plugin aside."""
+def _accelerator(wrap: str) -> Accelerator:
+    """Return accelerate's FSDP2 on the CPU, where it leaves the plugin aside if left alone."""
+    rank, count = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ["OMP_NUM_THREADS"] = "1"  # or it warns of it
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        auto_wrap_policy=wrap,
         cpu_ram_efficient_loading=False,
     )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, **options)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     assert accelerator.distributed_type == DistributedType.MULTI_CPU
     assert not accelerator.is_fsdp2
-    accelerator.state.distributed_type = DistributedType.FSDP
+    for state in (PartialState(), accelerator.state):  # the second is made anew from the first
+        state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     assert accelerator.is_fsdp2
     return accelerator
@@ -150,7 +155,7 @@ def _trained_with(
 
 
 def _is_trained_by_accelerate(sharded_first: bool, dtype: torch.dtype, tolerance: float) -> None:
-    accelerator = _accelerator()
+    accelerator = _accelerator("no_wrap" if sharded_first else "transformer_based_wrap")
     model, single = llama(dtype), llama(dtype)
     if sharded_first:
         in_fsdp(model)
@@ -183,7 +188,7 @@ def accelerate_shards_by_its_plugin(folder: Path) -> None:
 
 
 def accelerate_saves_and_resumes(folder: Path) -> None:
-    accelerator = _accelerator()
+    accelerator = _accelerator("no_wrap")
 
     def prepared() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model = in_fsdp(llama())
