@@ -108,13 +108,18 @@ def sharded_models_are_not_unpatched(_: Path) -> None:
     assert not any(layer.merged for layer in c3a.patch.adapted_layers(model).values())
 
 
-def _accelerator(wrap: str) -> Accelerator:
-    """Return accelerate's FSDP2 on the CPU, where it leaves the plugin aside if left alone."""
+def _among_processes() -> None:
+    """Tell accelerate of the processes, as torchrun does."""
     rank, count = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ["OMP_NUM_THREADS"] = "1"  # or it warns of it
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def _accelerator(wrap: str) -> Accelerator:
+    """Return accelerate's FSDP2 on the CPU, where it leaves the plugin aside if left alone."""
+    _among_processes()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy=wrap,
@@ -177,6 +182,21 @@ def _is_trained_by_accelerate(sharded_first: bool, dtype: torch.dtype, tolerance
     assert layer.c3a_kernel.dtype == torch.float32
 
 
+def accelerate_trains_data_parallel(_: Path) -> None:
+    _among_processes()
+    accelerator = Accelerator(cpu=True)
+    model, single = llama(), llama()
+    optimizers = [
+        torch.optim.AdamW(trained(m).values(), lr=0.01, eps=1e-3) for m in (model, single)
+    ]
+    parallel, optimizers[0] = accelerator.prepare(model, optimizers[0])
+    assert isinstance(parallel, torch.nn.parallel.DistributedDataParallel)
+    _trained_with(parallel, optimizers[0], accelerator)
+    _trained_with(single, optimizers[1], None)
+    for name, parameter in trained(single).items():
+        torch.testing.assert_close(trained(model)[name], parameter, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def accelerate_trains_what_is_sharded_here(_: Path) -> None:
     _is_trained_by_accelerate(True, torch.float32, 1e-4)
     _is_trained_by_accelerate(True, torch.bfloat16, 3e-2)
@@ -213,6 +233,7 @@ TWO = [
     sharded_models_save_themselves_as_one_process,
     merged_and_sharded_models_save_themselves_as_one_process,
     sharded_models_are_not_unpatched,
+    accelerate_trains_data_parallel,
     accelerate_trains_what_is_sharded_here,
     accelerate_shards_by_its_plugin,
     accelerate_saves_and_resumes,

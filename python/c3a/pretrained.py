@@ -98,13 +98,12 @@ def leave_out_base(model: nn.Module, is_left_out: bool) -> None:
     inner = unwrapped(model)
     if not _is_ours(inner):
         raise ValueError(
-            f"c3a: expected a patched model of transformers, whose checkpoints can do without a "
+            "c3a: expected a patched model of transformers, whose checkpoints can do without a "
             f"base, got {type(inner).__name__}"
         )
     with said_by(_WHO):
         _check_has_origin(inner)
-    options = {"with_base": False} if is_left_out else {}
-    inner.__dict__["save_pretrained"] = partial(save_pretrained, inner, **options)
+    inner.__dict__["save_pretrained"] = partial(save_pretrained, inner, with_base=not is_left_out)
 
 
 def _is_ours(part: nn.Module) -> bool:
