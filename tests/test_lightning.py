@@ -27,8 +27,8 @@ STEPS = 6
 
 def network():
     torch.manual_seed(0)
-    norm = nn.BatchNorm1d(16)
-    return nn.Sequential(nn.Linear(8, 16), norm, nn.Dropout(0.5), nn.GELU(), nn.Linear(16, 3))
+    # without dropout, as Lightning's checkpoints have no state of random numbers
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Linear(16, 3))
 
 
 class Module(lightning.LightningModule):
@@ -36,7 +36,7 @@ class Module(lightning.LightningModule):
         super().__init__()
         self.model = network()
         if patched:
-            c3a.patch_model(self.model, ["0"], 4, init=init, modules_to_save=["4"])
+            c3a.patch_model(self.model, ["0"], 4, init=init, modules_to_save=["3"])
 
     def training_step(self, batch, _):
         x, y = batch
@@ -84,8 +84,8 @@ TRAINED = {
     "model.1.running_mean",
     "model.1.running_var",
     "model.1.num_batches_tracked",
-    "model.4.weight",
-    "model.4.bias",
+    "model.3.weight",
+    "model.3.bias",
 }
 
 
@@ -123,7 +123,7 @@ def test_the_adapter_is_saved_for_the_model_alone(tmp_path):
     trainer_in(tmp_path, callback, enable_checkpointing=False).fit(module, data())
     assert c3a.adapter.read_adapter(tmp_path / "mine" / "adapter").config["task_type"] == "SEQ_CLS"
     loaded = c3a.load_adapter(network(), tmp_path / "mine" / "adapter")
-    for key in ("0.c3a_kernel", "4.weight", "4.bias"):
+    for key in ("0.c3a_kernel", "3.weight", "3.bias"):
         assert torch.equal(loaded.state_dict()[key], module.model.state_dict()[key])
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_that_lost_a_part_of_its_base_is_still_refused(tmp_path):
     saved["state_dict"] = {key: t for key, t in whole.items() if key != "model.1.weight"}
     torch.save(saved, tmp_path / "lost.ckpt")
     with pytest.raises(RuntimeError, match=r"Missing key.*model.1.weight"):
-        trainer_in(tmp_path, AdapterCallback()).fit(
+        trainer_in(tmp_path / "again", AdapterCallback(), saving()).fit(
             Module(), data(), ckpt_path=tmp_path / "lost.ckpt", weights_only=False
         )
 
