@@ -165,6 +165,10 @@ class AcceleratedC3ALinear(_layer.C3ALinear):
             self.__dict__.pop("_c3a_prepared", None)
         return super().train(mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.__dict__.get("_c3a_prepared", {}).pop(adapter_name, None)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         self.__dict__.pop("_c3a_prepared", None)
         original = self._original()
