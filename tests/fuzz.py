@@ -564,6 +564,12 @@ def compare_all(draw: Draw, call: Call, results: tuple, leaves: dict) -> None:
     exact_h = times_two_to(h, -h_unit)
     given = exact
     exact = call.definition(given, call.scale, leaves, chosen, exact_h)
+    one_term = {}  # of results that are sums of two, each rounded by itself
+    if "weight" in call.operands:
+        one_term = call.definition(given, 0.0, leaves, chosen, exact_h)
+        one_term = {name: t for name, t in one_term.items() if name in (0, "x") and t is not None}
+    elif call.sums_in_a_graph and results[0].requires_grad:
+        one_term = {0: given[call.operator.base]}
     squares = call.definition(squares, call.scale**2, leaves, chosen, exact_h**2)
 
     for k, y in enumerate(results):
@@ -579,8 +585,11 @@ def compare_all(draw: Draw, call: Call, results: tuple, leaves: dict) -> None:
             if name in ("w", "weight", "bias") or call.operator.dense in SUMS_OF_TOKENS:
                 terms = call.repeats * terms
             extra = torch.zeros_like(terms)
-            if name == 0 and call.sums_in_a_graph and got.requires_grad:
-                extra = TOLERANCE[got.dtype] * (exact[0] - given[call.operator.base]).detach()
+            if name in one_term:
+                one, other = one_term[name], exact[name] - one_term[name]
+                rounded_to = (got.dtype, call.operands.get("weight", got).dtype)
+                coarsest = max(TOLERANCE[dtype] for dtype in rounded_to)
+                extra = coarsest * (one.abs() + other.abs()).detach()
             compare(what, got, exact[name], terms.sqrt(), units[name], call, extra)
 
 
