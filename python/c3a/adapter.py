@@ -342,25 +342,43 @@ def _some(names: Collection[str]) -> str:
 def _config_of(
     model: nn.Module, layers: Mapping[str, C3ALinear], saved: tuple[str, ...], task_type: str | None
 ) -> dict[str, Any]:
-    sizes = {name: layer.block_size for name, layer in layers.items()}
-    usual, pattern = as_pattern(sizes, "block sizes")
     inits = {layer.init for layer in layers.values()}
     init = inits.pop() if len(inits) == 1 else "zeros"
+    return configuration(
+        {name: layer.block_size for name, layer in layers.items()},
+        base_model_name_or_path=getattr(getattr(model, "config", None), "_name_or_path", None),
+        init_weights=_INIT_WEIGHTS.get(init, init),
+        modules_to_save=list(saved) or None,
+        target_modules=_targets_of(model, frozenset(layers)),
+        task_type=task_type,
+    )
+
+
+# Settings that an adapter of any kind has, on what and for what it is.
+COMMON_SETTINGS = (
+    "base_model_name_or_path",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "revision",
+    "target_modules",
+    "task_type",
+)
+
+
+def configuration(sizes: Mapping[str, int], **settings: object) -> dict[str, Any]:
+    """Return PEFT's configuration of an adapter, given its layers' block sizes by name."""
+    usual, pattern = as_pattern(sizes, "block sizes")
     return {
+        **dict.fromkeys(COMMON_SETTINGS),
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "bias": "none",
         "block_size": usual,
         "block_size_pattern": pattern,
         "inference_mode": True,
-        "init_weights": _INIT_WEIGHTS.get(init, init),
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": list(saved) or None,
+        "init_weights": True,
         "peft_type": "C3A",
-        "revision": None,
-        "target_modules": _targets_of(model, frozenset(layers)),
-        "task_type": task_type,
+        **settings,
     }
 
 

@@ -16,23 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .adapter import as_pattern
+from .adapter import COMMON_SETTINGS, as_pattern
 from .adapter_files import PREFIX, Adapter, prepare_lora, read, said_by
 from .files import check_free, write_folder
 from .names import shown
 from .reference import circulant
 
 __all__ = ["Exported", "ExportedLayer", "export", "factors"]
-
-_TAKEN_OVER = (
-    "base_model_name_or_path",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "revision",
-    "target_modules",
-    "task_type",
-)
 
 
 class ExportedLayer(NamedTuple):
@@ -295,7 +285,7 @@ def _config(source: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     usual, pattern = as_pattern(ranks, "ranks", max(ranks.values()))
     turned = {name for name, facts in source.layers.items() if facts.fan_in_fan_out}
     return {
-        **{key: source.config.get(key) for key in _TAKEN_OVER},
+        **{key: source.config.get(key) for key in COMMON_SETTINGS},
         "alpha_pattern": pattern,
         "auto_mapping": None,
         "bias": "none",
