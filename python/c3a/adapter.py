@@ -443,7 +443,7 @@ def _plan_of(model: nn.Module, adapter: Adapter) -> PatchPlan:
         raise ValueError(
             f"{source}: {words}: the adapter does not fit this model: {message}"
         ) from None
-    sizes = _sizes_of(config, source, list(any_size.block_sizes))
+    sizes = _sizes_of(adapter, list(any_size.block_sizes))
     for name, size in sizes.items():
         with said_by(f"{source}: {name}"):
             check_block_size(size, *linear_features(model.get_submodule(name)), pad=True)
@@ -468,17 +468,21 @@ def _chosen_of(config: Mapping[str, Any], source: str, names: list[str]) -> set[
     return {name for name in chosen if numbers.get(name) in indices}
 
 
-def _sizes_of(config: Mapping[str, Any], source: str, names: list[str]) -> dict[str, int]:
+def _sizes_of(adapter: Adapter, names: list[str]) -> dict[str, int]:
+    """Return the layers' block sizes, those of their kernels where PEFT's releases read two."""
+    config, source, kernels = adapter.config, adapter.config_source, adapter.kernels
     pattern, default = config.get("block_size_pattern") or {}, config.get("block_size")
     with said_by(f"{source}: block_size_pattern"):
-        keys = first_keys(list(pattern), names)
-    sizes: dict[str, Any] = {
-        name: of_pattern(pattern, name, key) or default
-        for name, key in zip(names, keys, strict=True)
-    }
-    for name, size in sizes.items():
+        newer = first_keys(list(pattern), names)
+        older = first_keys(list(pattern), names, proper=True)
+    sizes: dict[str, int] = {}
+    for name, here, there in zip(names, newer, older, strict=True):
+        size = of_pattern(pattern, name, here) or default
+        if name in kernels and kernels[name].shape[-1] == pattern.get(there or name, default):
+            size = kernels[name].shape[-1]
         if size is None:
             raise ValueError(f"{source}: block_size: expected one for {name}, got none")
+        sizes[name] = size
     return sizes
 
 
