@@ -52,6 +52,7 @@ __all__ = [
     "below_version_counting",
     "forward_mode_enabled",
     "frozen_linear",
+    "grouped_mm",
     "has_tangent",
     "in_transform",
     "is_batch_of_gradients",
@@ -79,6 +80,8 @@ autocast_disabled = _DisableAutocast
 kernels_only = _AutoDispatchBelowADInplaceOrView
 forward_mode_enabled = _set_fwd_grad_enabled
 privateuse1_device_type = _get_privateuse1_backend_name
+# What torch.nn.functional.grouped_mm calls, and a tensor class is told of.
+grouped_mm = torch._grouped_mm
 # Of a tensor class that the dispatcher asks alone.
 no_torch_function: Callable[..., Any] = _disabled_torch_function_impl
 
