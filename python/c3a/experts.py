@@ -28,7 +28,9 @@ from .weight import AdaptedWeight, read
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ADAPTERS = "c3a_experts"  # the attribute of a module that holds the adapters of its parameters
+# The attribute of a module that holds the adapters of its parameters. transformers renames what it
+# takes for experts' weights when it saves a model, and is not to take this for one.
+ADAPTERS = "c3a_adapters"
 
 
 class Stack(NamedTuple):
@@ -58,9 +60,10 @@ def stacks(model: nn.Module) -> dict[str, Stack]:
     found: dict[str, Stack] = {}
     for name, module in model.named_modules():
         is_convolution = hasattr(module, "kernel_size") or isinstance(module, ParametrizationList)
-        for key, parameter in module._parameters.items():
-            shape = () if parameter is None or is_lazy(parameter) else parameter.shape
-            if len(shape) == 3 and min(shape) > 1 and not is_convolution and key != "c3a_kernel":
+        for key, parameter in _private.parameters(module).items():
+            if parameter is None or is_lazy(parameter) or is_convolution or key == "c3a_kernel":
+                continue
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
                 found[f"{name}.{key}".strip(".")] = Stack(module, key, parameter)
     return found
 
@@ -125,7 +128,7 @@ class C3AExperts(nn.Module):
     @property
     def base(self) -> nn.Parameter:
         """The parameter, as it is without the adapters."""
-        found = self._owner[0]._parameters[self._key]
+        found = _private.parameters(self._owner[0])[self._key]
         assert found is not None
         return found
 
@@ -217,7 +220,7 @@ def take_out(adapters: Iterable[C3AExperts], merge: bool = False) -> None:
     for adapter in adapters:
         owner, key = adapter._owner[0], adapter._key
         if merge:
-            owner._parameters[key] = adapter.merged_weight
+            _private.parameters(owner)[key] = adapter.merged_weight
         if ADAPTERS in owner._modules:
             owner.__class__ = plain_class(owner)
             del owner._modules[ADAPTERS]
@@ -370,6 +373,10 @@ def _turn_last(weight: Any) -> Tensor | None:
     return _turn(weight, -2, -1)
 
 
+def _turn_one(weight: Any) -> Tensor | None:
+    return _turn_last(weight) if weight.ndim == 2 else None
+
+
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
     if not _is_of(weight, 2, input, bias):
         return None
@@ -428,6 +435,8 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
     Tensor.transpose: _turn,
     torch.transpose: _turn,
     Tensor.mT.__get__: _turn_last,  # type: ignore[attr-defined]
+    Tensor.T.__get__: _turn_one,  # type: ignore[attr-defined]
+    Tensor.t: _turn_one,
     F.linear: _linear,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,

@@ -732,6 +732,7 @@ def _resolve_parameters(
                 )
             if not _within(name, saved):
                 chosen[name] = found[name].features
+    chosen = {name: chosen[name] for name in found if name in chosen}
     if wanted and not chosen:
         raise ValueError(
             f"c3a.patch_model: all that target_parameters {wanted} matched is in modules_to_save "
