@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -445,6 +446,41 @@ def test_save_pretrained_of_a_patched_model(merged, tmp_path):
         assert c3a.summary(again) == c3a.summary(model)
     assert relative_error(again.eval()(TOKENS).logits, expected) < 1e-5
     assert relative_error(model(TOKENS).logits, expected) < 1e-5  # it may go on
+
+
+def test_a_configuration_of_peft_gives_experts_their_block_sizes_too():
+    config = peft.C3AConfig(
+        target_modules=["q_proj"], block_size=4, block_size_pattern={"experts.down_proj": 8}
+    )
+    model = c3a.patch_model(made(mixtral), config, target_parameters=iter(BOTH))
+    sizes = {row.name.rpartition(".")[2]: row.block_size for row in c3a.summary(model).layers}
+    assert sizes == {"q_proj": 4, "gate_up_proj": 4, "down_proj": 8}
+
+
+def test_a_scale_that_is_assigned_counts_merged_or_not():
+    model = patched(made(mixtral))
+    expected = model(TOKENS).logits
+    c3a.merge(model)
+    for adapter in adapters(model).values():
+        adapter.scale = 0.6
+    assert relative_error(model(TOKENS).logits, expected) > 1e-3
+    for adapter in adapters(model).values():
+        adapter.scale = 0.3
+        assert adapter.merged
+    assert relative_error(model(TOKENS).logits, expected) < 1e-12
+
+
+def test_offloaded_experts_are_adapted_where_they_compute():
+    model = patched(made(mixtral))
+    expected = model(TOKENS).logits
+    offloaded = accelerate.cpu_offload(made(mixtral), torch.device("cpu"))
+    assert offloaded.model.layers[0].mlp.experts.gate_up_proj.is_meta
+    patched(offloaded, dtype=torch.float64)
+    kernels = {name: t for name, t in model.state_dict().items() if "c3a" in name}
+    offloaded.load_state_dict(kernels, strict=False)
+    assert torch.equal(offloaded(TOKENS).logits, expected)
+    with pytest.raises(RuntimeError, match="patched after it was offloaded"):
+        accelerate.cpu_offload(model, torch.device("cpu"))(TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,8 @@ class C3AExperts(nn.Module):
         check_kernel("c3a.patch_model", dtype, init)
         self.in_features, self.out_features = stack.features
         self.block_size, self.init = int(block_size), init
-        self.scale = (
-            1 / self.in_features if scale is None else checked_scale("c3a.patch_model", scale)
-        )
+        scale = 1 / self.in_features if scale is None else scale
+        self._scale = checked_scale("c3a.patch_model", scale)
         self._owner, self._key = [stack.owner], stack.key  # a list, lest nn.Module registers it
         self._is_turned = stack.is_turned
         shape = (len(stack.weight), *kernel_shape(*stack.features, self.block_size))
@@ -138,15 +137,29 @@ class C3AExperts(nn.Module):
         base = self.base
         if not self.enabled:
             return base
-        if self._merged:
-            return self.merged_weight
+        for merged in self._merged:  # which another thread may empty meanwhile
+            return merged
         kernel = self.c3a_kernel
+        if kernel.is_meta and not base.is_meta:
+            raise RuntimeError(
+                f"c3a: the kernels of experts ({self._key}) are on the meta device: accelerate "
+                "offloads a model right that is patched after it was offloaded"
+            )
         matrices = _Matrices(base, kernel, self.scale, self._is_turned)
         return matrices.read() if _private.is_plain(base, kernel) else matrices.sum()
 
     def delta_weight(self) -> Tensor:
         """Return ``scale * circulant`` of each kernel, ``(experts, out, in)``, >= float32."""
         return _delta(self.c3a_kernel, self.scale)
+
+    @property
+    def scale(self) -> float:
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = checked_scale("C3AExperts", value)
+        _merge_anew(self)
 
     @property
     def merged(self) -> bool:
@@ -195,7 +208,7 @@ class C3AExperts(nn.Module):
         )
 
 
-def _merge_anew(adapter: C3AExperts, _incompatible_keys: object) -> None:
+def _merge_anew(adapter: C3AExperts, _incompatible_keys: object = None) -> None:
     if adapter.merged:
         adapter.unmerge()
         adapter.merge()
