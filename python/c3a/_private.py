@@ -61,6 +61,7 @@ __all__ = [
     "is_sole_owner",
     "kernels_only",
     "no_torch_function",
+    "parameters",
     "privateuse1_device_type",
     "recorded_at_one_level",
     "returns_views",
@@ -206,6 +207,11 @@ def frozen_linear(module: torch.nn.Module) -> tuple[Tensor, Tensor | None] | Non
     if (linear.__call__, linear.forward, torch.nn.functional.linear) != _OF_TORCH:
         return None
     return weight, bias
+
+
+def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """Return a module's own parameters, to change: also where its class has such a name itself."""
+    return module._parameters
 
 
 def tensor_without_memory(cls: type[_T], like: Tensor, device: torch.device) -> _T:

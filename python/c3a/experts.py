@@ -28,7 +28,9 @@ from .weight import AdaptedWeight, read
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ADAPTERS = "c3a_experts"  # the attribute of a module that holds the adapters of its parameters
+# The attribute of a module that holds the adapters of its parameters. transformers renames what it
+# takes for experts' weights when it saves a model, and is not to take this for one.
+ADAPTERS = "c3a_adapters"
 
 
 class Stack(NamedTuple):
@@ -58,9 +60,10 @@ def stacks(model: nn.Module) -> dict[str, Stack]:
     found: dict[str, Stack] = {}
     for name, module in model.named_modules():
         is_convolution = hasattr(module, "kernel_size") or isinstance(module, ParametrizationList)
-        for key, parameter in module._parameters.items():
-            shape = () if parameter is None or is_lazy(parameter) else parameter.shape
-            if len(shape) == 3 and min(shape) > 1 and not is_convolution and key != "c3a_kernel":
+        for key, parameter in _private.parameters(module).items():
+            if parameter is None or is_lazy(parameter) or is_convolution or key == "c3a_kernel":
+                continue
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
                 found[f"{name}.{key}".strip(".")] = Stack(module, key, parameter)
     return found
 
@@ -103,9 +106,8 @@ class C3AExperts(nn.Module):
         check_kernel("c3a.patch_model", dtype, init)
         self.in_features, self.out_features = stack.features
         self.block_size, self.init = int(block_size), init
-        self.scale = (
-            1 / self.in_features if scale is None else checked_scale("c3a.patch_model", scale)
-        )
+        scale = 1 / self.in_features if scale is None else scale
+        self._scale = checked_scale("c3a.patch_model", scale)
         self._owner, self._key = [stack.owner], stack.key  # a list, lest nn.Module registers it
         self._is_turned = stack.is_turned
         shape = (len(stack.weight), *kernel_shape(*stack.features, self.block_size))
@@ -125,7 +127,7 @@ class C3AExperts(nn.Module):
     @property
     def base(self) -> nn.Parameter:
         """The parameter, as it is without the adapters."""
-        found = self._owner[0]._parameters[self._key]
+        found = _private.parameters(self._owner[0])[self._key]
         assert found is not None
         return found
 
@@ -135,15 +137,29 @@ class C3AExperts(nn.Module):
         base = self.base
         if not self.enabled:
             return base
-        if self._merged:
-            return self.merged_weight
+        for merged in self._merged:  # which another thread may empty meanwhile
+            return merged
         kernel = self.c3a_kernel
+        if kernel.is_meta and not base.is_meta:
+            raise RuntimeError(
+                f"c3a: the kernels of experts ({self._key}) are on the meta device: accelerate "
+                "offloads a model right that is patched after it was offloaded"
+            )
         matrices = _Matrices(base, kernel, self.scale, self._is_turned)
         return matrices.read() if _private.is_plain(base, kernel) else matrices.sum()
 
     def delta_weight(self) -> Tensor:
         """Return ``scale * circulant`` of each kernel, ``(experts, out, in)``, >= float32."""
         return _delta(self.c3a_kernel, self.scale)
+
+    @property
+    def scale(self) -> float:
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = checked_scale("C3AExperts", value)
+        _merge_anew(self)
 
     @property
     def merged(self) -> bool:
@@ -192,7 +208,7 @@ class C3AExperts(nn.Module):
         )
 
 
-def _merge_anew(adapter: C3AExperts, _incompatible_keys: object) -> None:
+def _merge_anew(adapter: C3AExperts, _incompatible_keys: object = None) -> None:
     if adapter.merged:
         adapter.unmerge()
         adapter.merge()
@@ -217,7 +233,7 @@ def take_out(adapters: Iterable[C3AExperts], merge: bool = False) -> None:
     for adapter in adapters:
         owner, key = adapter._owner[0], adapter._key
         if merge:
-            owner._parameters[key] = adapter.merged_weight
+            _private.parameters(owner)[key] = adapter.merged_weight
         if ADAPTERS in owner._modules:
             owner.__class__ = plain_class(owner)
             del owner._modules[ADAPTERS]
@@ -370,6 +386,10 @@ def _turn_last(weight: Any) -> Tensor | None:
     return _turn(weight, -2, -1)
 
 
+def _turn_one(weight: Any) -> Tensor | None:
+    return _turn_last(weight) if weight.ndim == 2 else None
+
+
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
     if not _is_of(weight, 2, input, bias):
         return None
@@ -428,6 +448,8 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
     Tensor.transpose: _turn,
     torch.transpose: _turn,
     Tensor.mT.__get__: _turn_last,  # type: ignore[attr-defined]
+    Tensor.T.__get__: _turn_one,  # type: ignore[attr-defined]
+    Tensor.t: _turn_one,
     F.linear: _linear,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,

@@ -18,7 +18,7 @@ from . import distributed
 from .experts import C3AExperts, Stack, adapted_experts, put_in, stacks, take_out
 from .linear import C3ALinear
 from .names import block_size_from_pattern, ends, matches, shown
-from .peft_config import PeftConfig, meaning_of
+from .peft_config import PeftConfig, block_sizes_of, meaning_of
 from .shapes import SUPPORTED_DTYPES
 from .sizes import auto_block_size, check_block_size, features, linear_features
 
@@ -163,6 +163,7 @@ def patch_model(
         if config is not None:
             raise TypeError("c3a.patch_model: expected one config, got two")
         config, target_modules = target_modules, None
+    target_parameters = _names("target_parameters", "a list of names", target_parameters)
     task = None
     wanted = getattr(config, "target_modules", target_modules)
     wants_all = isinstance(wanted, str) and wanted.lower() == "all-linear"
@@ -182,6 +183,8 @@ def patch_model(
         _check_patchable(inner)
         block_size, modules_to_save, init, task = meaning_of(config, inner)
         target_modules = Chosen(block_size, f"{type(config).__name__}.target_modules")
+        parameters = _resolve_parameters(inner, target_parameters, modules_to_save)
+        block_size = {**block_size, **block_sizes_of(config, parameters)}
     plan = plan_patch(
         inner,
         target_modules,
@@ -732,6 +735,7 @@ def _resolve_parameters(
                 )
             if not _within(name, saved):
                 chosen[name] = found[name].features
+    chosen = {name: chosen[name] for name in found if name in chosen}
     if wanted and not chosen:
         raise ValueError(
             f"c3a.patch_model: all that target_parameters {wanted} matched is in modules_to_save "

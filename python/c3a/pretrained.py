@@ -24,6 +24,7 @@ from .linear import C3ALinear
 from .patch import adapters, as_trained
 
 _WHO = "c3a: save_pretrained"
+_RENAMING = "_c3a_renaming"
 _NO_SUCH_FOLDER = "no-adapter"
 # What PEFT's configurations call the tasks that a class of transformers says in its name.
 _TASKS = {
@@ -76,6 +77,8 @@ def take_over(model: nn.Module) -> None:
         if isinstance(part, library.PreTrainedModel) and adapters(part):
             # goes with the model where that is copied or pickled
             part.__dict__.setdefault("save_pretrained", partial(save_pretrained, part))
+            if adapted_experts(part) and _RENAMING not in part.__dict__:
+                part.__dict__[_RENAMING] = part.register_load_state_dict_pre_hook(_take_renamed)
 
 
 def give_back(model: nn.Module) -> None:
@@ -83,6 +86,30 @@ def give_back(model: nn.Module) -> None:
     for part in model.modules():
         if getattr(part.__dict__.get("save_pretrained"), "func", None) is save_pretrained:
             del part.__dict__["save_pretrained"]
+        if handle := part.__dict__.pop(_RENAMING, None):
+            handle.remove()
+
+
+def _take_renamed(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Let the names in a model's files fit, which Trainer resumes from.
+
+    Files of some models (Mixtral's) have other names for what holds the experts: a kernel is known
+    by the numbers in its name and what follows the last of its modules.
+    """
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for key in state_dict:
+        if f".{ADAPTERS}." in key:
+            alike.setdefault(_known_by(key), []).append(key)
+    for name, _parameter in model.named_parameters(prefix.rstrip(".")):
+        if f".{ADAPTERS}." in name and name not in state_dict:
+            found = alike.get(_known_by(name), [])
+            if len(found) == 1:
+                state_dict[name] = state_dict.pop(found[0])
+
+
+def _known_by(name: str) -> tuple[str, ...]:
+    before, _, after = name.partition(f".{ADAPTERS}.")
+    return *(part for part in before.split(".") if part.isdecimal()), after
 
 
 def save_pretrained(
