@@ -799,6 +799,171 @@ def test_each_row_gets_its_own_adapter(accelerated):
     assert_near(model(x), of_net(model, x, "default"))  # and no hook is left
 
 
+ROWS = ["other", "default", "__base__", "other", "fourth"]
+
+
+def four_adapters(**options):
+    """A layer with adapters of two block sizes: 4 for default and third, 2 for other and fourth."""
+    model = made(("default", "other"), **options).eval()
+    model.add_adapter("third", config(4, **options))
+    model.add_adapter("fourth", config(2, **options))
+    return model, layers(model)[0]
+
+
+def by_definition(layer, x, rows):
+    """Rows one by one, in float64 from the base's result on."""
+    base = layer.get_base_layer()(x)
+    matrices = [
+        c3a.circulant(layer.c3a_kernel[name].double()) / layer.in_features
+        if name in layer.c3a_kernel
+        else None
+        for name in rows
+    ]
+    deltas = [0.0 if m is None else r.double() @ m.T for r, m in zip(x, matrices, strict=True)]
+    return torch.stack([y + delta for y, delta in zip(base, deltas, strict=True)])
+
+
+@contextlib.contextmanager
+def operators_called():
+    names = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        yield names
+    names += [event.name for event in record.events() if event.name.startswith("c3a::")]
+
+
+@pytest.mark.parametrize("leading", [(5,), (5, 3), (5, 2, 3), (5, 0)], ids=str)
+def test_rows_of_adapters_are_one_call_for_each_block_size(accelerated, leading):
+    _, layer = four_adapters()
+    x = torch.randn(*leading, 24)
+    with torch.inference_mode():
+        got = layer(x, adapter_names=ROWS)  # prepares
+        with operators_called() as called:
+            again = layer(x, adapter_names=ROWS)
+    assert called == ["c3a::block_circ_conv_many_prepared_add_"] * 2
+    assert torch.equal(again, got)
+    assert_near(got, by_definition(layer, x, ROWS).to(got.dtype))
+    assert torch.equal(got[2], layer.get_base_layer()(x)[2])
+    assert layer(x[:0], adapter_names=[]).shape == (0, *leading[1:], 12)
+
+
+def test_what_is_prepared_for_rows_is_never_stale(accelerated):
+    _, layer = four_adapters()
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        for write in (
+            lambda w: None,
+            lambda w: w.mul_(2),
+            lambda w: w.data.neg_(),
+            lambda w: w.numpy().__imul__(3),
+        ):
+            write(layer.c3a_kernel["other"].detach())
+            assert_near(layer(x, adapter_names=ROWS), by_definition(layer, x, ROWS).float())
+        rows = ["third", "default", "third", "__base__", "other"]  # others of the same stacks
+        assert_near(layer(x, adapter_names=rows), by_definition(layer, x, rows).float())
+        assert_near(layer(x, adapter_names=ROWS), by_definition(layer, x, ROWS).float())
+
+
+def test_a_graph_keeps_the_prepared_kernels_of_its_rows(accelerated):
+    _, layer = four_adapters()
+    layer.requires_grad_(False)
+    x = torch.randn(5, 24, requires_grad=True)
+    expected = torch.autograd.grad(by_definition(layer, x, ROWS).sum(), x)[0]
+    y = layer(x, adapter_names=ROWS)
+    with operators_called() as called:
+        layer(x, adapter_names=["third", "default", "third", "__base__", "other"])
+    assert "c3a::prepare" in called  # into the same stack
+    layer.c3a_kernel["other"].data.mul_(2)
+    layer(x, adapter_names=ROWS)
+    assert_near(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("leading", [(5,), (5, 3)], ids=str)
+def test_rows_give_their_adapters_gradients(accelerated, leading):
+    model, layer = four_adapters()
+    model.double()
+    for kernel in layer.c3a_kernel.values():
+        kernel.requires_grad_()
+    x = torch.randn(*leading, 24, dtype=torch.float64, requires_grad=True)
+    used = [layer.c3a_kernel[name] for name in ("default", "other", "fourth")]
+    h = torch.randn(*leading, 12, dtype=torch.float64)
+    with operators_called() as called:
+        y = layer(x, adapter_names=ROWS)
+    assert called.count("c3a::block_circ_conv_many_add_") == 2
+    got = torch.autograd.grad(y, [x, *used], h)
+    expected = torch.autograd.grad(by_definition(layer, x, ROWS), [x, *used], h)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert_near(ours, theirs, 1e-12)
+    unused = torch.autograd.grad(
+        layer(x, adapter_names=ROWS).sum(), layer.c3a_kernel["third"], allow_unused=True
+    )
+    assert unused[0] is None
+
+
+def test_a_base_that_keeps_its_result_keeps_it_when_rows_are_added(accelerated):
+    _, layer = four_adapters()
+    kept = []
+    layer.get_base_layer().register_forward_hook(lambda _m, _x, y: kept.append(y))
+    x = torch.randn(5, 24)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got = layer(x, adapter_names=ROWS)
+            (y,) = kept
+            assert torch.equal(y, nn.functional.linear(x, layer.weight, layer.bias))
+            assert_near(got, by_definition(layer, x, ROWS).float())
+            kept.clear()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_under_autocast_have_its_dtype(accelerated, dtype, grad):
+    _, layer = four_adapters()
+    x = torch.randn(5, 3, 24)
+    with torch.autocast("cpu", dtype), torch.set_grad_enabled(grad):
+        got = layer(x, adapter_names=ROWS)
+    assert got.dtype == dtype
+    assert_near(got.double(), by_definition(layer, x, ROWS), 0.02)
+
+
+def test_rows_work_compiled_and_transformed(accelerated):
+    _, layer = four_adapters()
+    x = torch.randn(5, 3, 24)
+    expected = by_definition(layer, x, ROWS).float()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_near(compiled(x, adapter_names=ROWS), expected)
+    over_tokens = torch.func.vmap(lambda x: layer(x, adapter_names=ROWS), 1, 1)
+    assert_near(over_tokens(x), expected)
+    _, tangent = torch.func.jvp(lambda x: layer(x, adapter_names=ROWS), (x,), (x,))
+    assert_near(tangent, (expected - layer.get_base_layer().bias))
+
+
+def test_rows_of_many_threads_and_names_are_right(accelerated):
+    model = made(("default",)).eval()
+    names = [f"adapter {i}" for i in range(24)]
+    for i, name in enumerate(names):
+        model.add_adapter(name, config((2, 4)[i % 2]))
+    layer = layers(model)[0]
+    failed = []
+
+    def serve(seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.inference_mode():
+            for _ in range(30):
+                chosen = torch.randint(len(names), (6,), generator=generator).tolist()
+                rows = [names[k] for k in chosen]
+                x = torch.randn(6, 24, generator=generator)
+                got, expected = layer(x, adapter_names=rows), by_definition(layer, x, rows)
+                if relative_error(got.double(), expected) > 1e-5:
+                    failed.append(rows)
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
 def test_wrong_names_for_rows_are_said(accelerated):
     model, x = made(("default", "other")), torch.randn(2, 24)
     with pytest.raises(ValueError, match="in training mode"):
@@ -923,6 +1088,21 @@ def test_bases_other_than_linear_are_adapted(accelerated, base, tmp_path):
     assert not isinstance(plain[0], their_layer.C3ALinear)
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path)
     assert_near(loaded(x).detach(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_are_served_on_other_bases_too(accelerated, base, grad):
+    model, layer = on(base)
+    model.eval()
+    model.add_adapter("other", config(4, target_modules=["0"]))
+    rows, x = ["other", "__base__", "default", "other"], torch.randn(4, 3, 64)
+    with torch.set_grad_enabled(grad):
+        got = model(x, adapter_names=rows)
+        expected = by_definition(layer, x, rows)
+    assert got.requires_grad == grad
+    assert_near(got.double(), expected, 1e-5)
+    assert torch.equal(got[1], layer.get_base_layer()(x)[1])
 
 
 @pytest.mark.parametrize("base", ["torchao", "bitsandbytes, 8 bits", "bitsandbytes, 4 bits"])

@@ -197,6 +197,10 @@ def _converted(
     where, kernels = source.weights_path, source.kernels
     if not kernels:
         raise ValueError(f"{where} holds no c3a_kernel")
+    if experts := [name for name, kernel in kernels.items() if kernel.ndim == 4]:
+        raise ValueError(
+            f"{where} has kernels of experts, which are not converted: {shown(experts[0])}"
+        )
     if not source.config.get("target_modules"):
         raise ValueError(f"{source.config_source} names no target_modules")
     sizes = _sizes(source, kernels)
