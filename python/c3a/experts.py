@@ -91,6 +91,10 @@ class C3AExperts(nn.Module):
         merged: whether they compute with a copy of the parameter that holds the adapters.
     """
 
+    in_features: int
+    out_features: int
+    block_size: int
+    init: str
     c3a_kernel: nn.Parameter
 
     def __init__(
@@ -113,7 +117,7 @@ class C3AExperts(nn.Module):
         shape = (len(stack.weight), *kernel_shape(*stack.features, self.block_size))
         device = adapted.kernel_device(stack.owner)
         self.c3a_kernel = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.enabled = True
+        self.enabled: bool = True
         self._merged: list[nn.Parameter] = []
         self.train(stack.owner.training)
         self.reset_parameters()

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from . import _private
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 _T = TypeVar("_T", bound="AdaptedWeight")
 
 
@@ -44,12 +41,12 @@ class AdaptedWeight(Tensor):
 
     @staticmethod
     def __new__(
-        cls,
+        cls: type[_T],
         like: Tensor,
         device: torch.device,
         sum: Callable[[], Tensor],
         addends: tuple[Tensor, ...] = (),
-    ) -> "Self":
+    ) -> _T:
         self = _private.tensor_without_memory(cls, like, device)
         self._sum, self._addends = sum, addends
         return self
