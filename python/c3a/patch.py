@@ -62,9 +62,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, C3ALinear]:
-    """Return the adapted layers of a model by name, the outermost of nested ones."""
+    """Return the adapted layers of a model by name, the outermost of nested ones.
+
+    Raises ValueError where an ``AdapterPool`` has the model.
+    """
     found: dict[str, C3ALinear] = {}
     for name, module in unwrapped(model).named_modules():
+        if hasattr(module, "c3a_pool"):
+            raise ValueError("the model is a c3a.AdapterPool's; call the pool's close() first")
         if isinstance(module, C3ALinear) and not any(name.startswith(f"{n}.") for n in found):
             found[name] = module
     return found
@@ -366,7 +371,7 @@ def apply_patch(
         _restore_requires_grad(model, trainable)
         raise
     # A layer that stands in several places is wrapped once and replaced in all of them.
-    _replace_children(model, wrapped)
+    replace_children(model, wrapped)
     model.requires_grad_(False)
     put_in(experts)
     for adapter in (*wrapped.values(), *experts):
@@ -419,7 +424,7 @@ def unpatch_model(model: Model, *, merge: bool = False, safe: bool = True) -> Mo
             else:
                 layer.unmerge()
             inner[id(layer)] = layer.base_layer
-        _replace_children(patched, inner)
+        replace_children(patched, inner)
     take_out(adapted_experts(patched).values(), merge)
     pretrained.give_back(patched)
     for part, record in records:
@@ -605,7 +610,7 @@ def _replace_tensors(model: nn.Module, replacements: Mapping[int, Tensor]) -> No
                 setattr(module, name, replacements[id(tensor)])
 
 
-def _replace_children(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+def replace_children(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Replace modules, given by ``id``, wherever they stand in the model."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

@@ -54,9 +54,7 @@ class PreparedKernel:
                 f"one counts no writes, and on {w.device} nothing else tells when it changes"
             )
         with self._lock:
-            self._held = _prepared(
-                _plain(w), scale, _prepared_for(w, activations), transposed=False
-            )
+            self._held = _prepared(_plain(w), scale, prepared_for(w, activations), transposed=False)
 
     def get(
         self, w: Tensor, scale: float, activations: tuple[torch.dtype, ...], transposed: bool
@@ -65,7 +63,7 @@ class PreparedKernel:
 
         For activations and results of these dtypes; the second is None unless ``transposed``.
         """
-        dtype = _prepared_for(w, *activations)
+        dtype = prepared_for(w, *activations)
         held, w = self._held, _plain(w)
         if w.device.type != "cpu":
             if held is None:
@@ -126,7 +124,7 @@ class PreparedStack:
         if any(not w.is_cpu for w in kernels.values()):
             return None
         kernels = {name: _plain(w) for name, w in kernels.items()}
-        dtype = _prepared_for(next(iter(kernels.values())), *activations)
+        dtype = prepared_for(next(iter(kernels.values())), *activations)
         stack = self._stack
         if stack is None or not _has_current(stack, kernels, scale, dtype, transposed):
             with self._lock:
@@ -207,7 +205,7 @@ def _plain(w: Tensor) -> Tensor:
     return w.resolve_neg() if w.is_neg() else w
 
 
-def _prepared_for(w: Tensor, *activations: torch.dtype) -> torch.dtype:
+def prepared_for(w: Tensor, *activations: torch.dtype) -> torch.dtype:
     """Return the dtype for which an operator would transform the kernel itself."""
     sums = sums_dtype(w.dtype, *activations)
     narrow = w.is_cpu and sums == torch.float32 and torch.bfloat16 in activations
