@@ -19,8 +19,10 @@ _T = TypeVar("_T", bound="AdaptedWeight")
 class _Layer(Protocol):
     """What is asked of a ``C3ALinear``."""
 
-    base_layer: Any  # with a weight
     scale: float
+
+    @property
+    def base_layer(self) -> Any: ...  # with a weight
 
     @property
     def c3a_kernel(self) -> Tensor: ...
