@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter import save_adapter
 from .adapter_files import WEIGHTS
 from .distributed import is_sharded
-from .patch import adapted_layers
+from .patch import adapters
 from .pretrained import leave_out_base
 from .sizes import is_count
 from .trained import take_without_base
@@ -94,7 +94,7 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        if not adapted_layers(model):
+        if not adapters(model):
             raise ValueError(
                 "c3a.trainer.AdapterCallback: the model has no C3ALinear layer; patch it before "
                 "training"
