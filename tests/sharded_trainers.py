@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.parallel import parallelize_module
 
 import c3a
 from sharded_models import trained, whole
@@ -84,6 +85,22 @@ def sharded_models_save_themselves_as_one_process(folder: Path) -> None:
         (folder / "blocked" / "adapter_config.json").mkdir(parents=True, exist_ok=True)
         dist.barrier()
         model.save_pretrained(folder / "blocked")
+
+
+def tensor_parallel_models_save_themselves_as_one_process(folder: Path) -> None:
+    model, single = llama(), llama()
+    styles = {"gate_proj": c3a.ColwiseParallel(), "down_proj": c3a.RowwiseParallel()}
+    styles["up_proj"] = c3a.ColwiseParallel()
+    for block in model.model.layers:
+        parallelize_module(block.mlp, init_device_mesh("cpu", (dist.get_world_size(),)), styles)
+    for name, merge in (("tp", False), ("tp merged", True)):
+        if merge:
+            c3a.merge(model)
+            c3a.merge(single)
+        single.save_pretrained(folder / f"{name} alone")
+        model.save_pretrained(folder / name)
+        dist.barrier()
+        assert_same_folder(folder / name, folder / f"{name} alone")
 
 
 def merged_and_sharded_models_save_themselves_as_one_process(folder: Path) -> None:
@@ -231,6 +248,7 @@ def accelerate_saves_and_resumes(folder: Path) -> None:
 
 TWO = [
     sharded_models_save_themselves_as_one_process,
+    tensor_parallel_models_save_themselves_as_one_process,
     merged_and_sharded_models_save_themselves_as_one_process,
     sharded_models_are_not_unpatched,
     accelerate_trains_data_parallel,

@@ -448,6 +448,9 @@ def test_a_base_that_is_nowhere_else_is_not_left_out(bert, tmp_path):
         made.save_pretrained(tmp_path / "made", with_base=False)
     with pytest.raises(ValueError, match="with_base=True for a model that from_pretrained has not"):
         trainer_of(made, tmp_path / "run", [AdapterCallback(with_base=False)]).train()
+    plain = c3a.patch_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), ["0"], 2)
+    with pytest.raises(ValueError, match="expected a patched model of transformers"):
+        AdapterCallback(with_base=False).on_train_begin(None, None, None, model=plain)
     assert files(tmp_path / "whole") == before
 
 
