@@ -2,22 +2,25 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapter import save_adapter
 from .distributed import is_sharded
 from .patch import patched_part
 from .trained import give_without_base, take_without_base
 
-try:
+if TYPE_CHECKING:
     from lightning.pytorch import Callback
-except ImportError:
+else:
     try:
-        from pytorch_lightning import Callback
-    except ImportError as _error:
-        raise ImportError(
-            "c3a.lightning needs the lightning library: pip install 'c3a[lightning]'"
-        ) from _error
+        from lightning.pytorch import Callback
+    except ImportError:
+        try:
+            from pytorch_lightning import Callback
+        except ImportError as error:
+            raise ImportError(
+                "c3a.lightning needs the lightning library: pip install 'c3a[lightning]'"
+            ) from error
 
 __all__ = ["AdapterCallback"]
 

@@ -121,6 +121,8 @@ class PooledLinear(nn.Module):
     """
 
     base_layer: nn.Module
+    in_features: int
+    out_features: int
 
     def __init__(self, base_layer: nn.Module, pool: "AdapterPool") -> None:
         super().__init__()
