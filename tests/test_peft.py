@@ -7,13 +7,16 @@ import contextlib
 import copy
 import doctest
 import io
+import pickle
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from peft.tuners.c3a import layer as their_layer
 from peft.tuners.c3a import model as their_model
@@ -294,6 +297,338 @@ def test_targets_by_expression_pattern_and_layer(how):
     assert_near(model(x), of_net(model, x, "default"))
 
 
+def test_which_adapter_is_active_is_told_by_the_model_and_its_layers(how):
+    model = made(("default", "other"))
+    assert model.active_adapters == ["default"]
+    model.set_adapter("other")
+    assert model.active_adapter == "other"
+    model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default", "other"]
+    assert all(layer.active_adapters == ["default", "other"] for layer in layers(model))
+
+
+def test_adapters_of_different_layers_are_active_together_and_merged_together(how):
+    model, x = made(target_modules=["down"]), torch.randn(5, 24)
+    model.add_adapter("other", config(2, target_modules=["up"]))
+    model.base_model.set_adapter(["default", "other"])
+    expected = of_net_by_layer(model, x, down=("default",), up=("other",))
+    assert_near(model(x), expected)
+    model.merge_adapter()
+    assert_near(model(x), expected)
+    model.unmerge_adapter()
+    assert_near(model(x), expected)
+    model.set_adapter("other")
+    assert_near(model(x), of_net_by_layer(model, x, up=("other",)))
+    assert_near(model.merge_and_unload(adapter_names=["default", "other"])(x), expected)
+
+
+def of_net_by_layer(model, x, down=(), up=()):
+    net = model.base_model.model
+    hidden = [getattr(net, name) for name in ("down", "up")]
+    for layer, names in zip(hidden, (down, up), strict=True):
+        adapted = isinstance(layer, their_layer.C3ALinear)
+        x = (dense(layer, x, *names) if adapted else layer(x)).relu()
+    return net.head(x)
+
+
+def test_gradients_are_wanted_for_the_active_adapter_alone(how):
+    model = made(("default", "other"), modules_to_save=["head"])
+
+    def trained():
+        return {
+            name.split(".")[-1 - ("head" in name)]
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+
+    assert trained() == {"default"}
+    model.set_adapter("other")
+    assert trained() == {"other"}
+    model.set_adapter("default", inference_mode=True)
+    assert trained() == set()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_loaded_adapter_is_trained_if_asked_for(how, trainable, tmp_path):
+    made(modules_to_save=["head"]).save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(Net(), tmp_path, is_trainable=trainable)
+    assert any(p.requires_grad for p in model.parameters()) == trainable
+    model.load_adapter(tmp_path, "again", is_trainable=trainable)
+    model.set_adapter("again", inference_mode=not trainable)
+    assert any(p.requires_grad for p in model.parameters()) == trainable
+
+
+def test_deleting_the_last_adapter_leaves_the_base(how):
+    net, x = Net(), torch.randn(5, 24)
+    expected = net(x)
+    model = peft.get_peft_model(net, config())
+    model.add_adapter("other", config(2))
+    model.delete_adapter("other")
+    assert model.active_adapters == ["default"]
+    assert {name for layer in layers(model) for name in layer.block_size} == {"default"}
+    with pytest.raises(ValueError, match="Adapter absent does not exist"):
+        model.delete_adapter("absent")
+    model.delete_adapter("default")
+    assert model.active_adapters == []
+    assert torch.equal(model.base_model(x), expected)
+
+
+def test_a_merged_adapter_is_not_deleted(how):
+    model, x = made(("default", "other")), torch.randn(5, 24)
+    model.merge_adapter()
+    expected = model(x)
+    with pytest.raises(ValueError, match="merged"):
+        model.delete_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(model(x), expected)
+
+
+def test_disabling_within_disabling_and_of_a_disabled_model_leaves_it_as_it_was(how):
+    model, x = made(), torch.randn(5, 24)
+    adapted = model(x)
+    with model.disable_adapter():
+        base = model(x)
+        with model.disable_adapter():
+            pass
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), adapted)
+    model.base_model.disable_adapter_layers()
+    with model.disable_adapter():
+        pass
+    assert torch.equal(model(x), base)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(model(x), adapted)
+
+
+def test_a_merged_adapter_is_disabled_too(how):
+    net, x = Net(), torch.randn(5, 24)
+    base = net(x)
+    model = peft.get_peft_model(net, config())
+    adapted = model(x)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert_near(model(x), base)
+    assert_near(model(x), adapted)
+
+
+@pytest.mark.parametrize("names", [["default"], ["other"], ["other", "default"]], ids=str)
+def test_named_adapters_are_merged_whichever_is_active(how, names):
+    model, x = made(("default", "other")), torch.randn(5, 24)
+    expected = of_net(model, x, *names)
+    assert_near(copy.deepcopy(model).merge_and_unload(adapter_names=names)(x), expected)
+    for name in names:  # one after the other is the same
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.merge_adapter(adapter_names=[name])
+    assert_near(model(x), expected)
+    before = [layer.get_base_layer().weight.clone() for layer in layers(model)]
+    model.unmerge_adapter()
+    for layer, merged in zip(layers(model), before, strict=True):
+        delta = sum(layer.get_delta_weight(name) for name in names)
+        assert_near(merged - layer.get_base_layer().weight, delta)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_merging_in_half_precision(how, dtype):
+    model, x = peft.get_peft_model(Net().to(dtype), config()), torch.randn(5, 24, dtype=dtype)
+    expected = model(x)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    assert relative_error(merged(x).detach(), expected.detach()) < 4e-2
+
+
+def test_merged_weights_are_saved_and_pickled_as_those_of_a_plain_model(how, tmp_path):
+    model, x = made(), torch.randn(5, 24)
+    merged = model.merge_and_unload(safe_merge=True)
+    safetensors.torch.save_file(merged.state_dict(), tmp_path / "model.safetensors")
+    plain = Net()
+    plain.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(plain(x), merged(x))
+    assert torch.equal(pickle.loads(pickle.dumps(merged))(x), merged(x))
+
+
+def test_merging_in_training_gives_the_same_each_time(how):
+    model = made().train()
+    if how == "accelerated":
+        c3a.peft.accelerate(model, dropout=0.5)
+    merged = [copy.deepcopy(model).merge_and_unload().state_dict() for _ in range(2)]
+    assert all(torch.equal(merged[0][key], merged[1][key]) for key in merged[0])
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_chosen_adapters_are_saved_each_in_its_folder(how, safe, tmp_path):
+    names = ("default", "default2", "efaul")  # parts of each other
+    model, x = made(names, modules_to_save=["head"]), torch.randn(5, 24)
+    model.save_pretrained(tmp_path / "all", safe_serialization=safe)
+    model.save_pretrained(tmp_path / "one", safe_serialization=safe, selected_adapters=["efaul"])
+    file = "adapter_model.safetensors" if safe else "adapter_model.bin"
+    for path in ("all", "all/default2", "all/efaul", "one/efaul"):
+        assert (tmp_path / path / file).exists()
+    assert not (tmp_path / "one" / file).exists()
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model.unload()), tmp_path / "all")
+    for name in names[1:]:
+        loaded.load_adapter(tmp_path / "all" / name, name)
+    for name in names:
+        for key, value in peft.get_peft_model_state_dict(model, adapter_name=name).items():
+            assert torch.equal(
+                peft.get_peft_model_state_dict(loaded, adapter_name=name)[key], value
+            )
+    assert loaded(x).shape == (5, 4)
+
+
+def test_adapters_are_injected_without_a_peft_model(how):
+    net, x = Net(), torch.randn(5, 24)
+    model = peft.inject_adapter_in_model(config(), copy.deepcopy(net))
+    assert len(layers(model)) == 2
+    twin = peft.inject_adapter_in_model(config(), copy.deepcopy(net), low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in twin.named_parameters() if "c3a" in n} == {"meta"}
+    state = peft.get_peft_model_state_dict(model)
+    result = peft.set_peft_model_state_dict(twin, state, low_cpu_mem_usage=True)
+    assert not result.unexpected_keys
+    assert torch.equal(twin(x), model(x))
+
+
+def test_loading_with_little_memory_leaves_nothing_on_the_meta_device(how, tmp_path):
+    made().save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=True)
+    model.load_adapter(tmp_path, adapter_name="other", low_cpu_mem_usage=True)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert model(torch.randn(5, 24)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_adapters_are_float32_or_of_the_bases_dtype_as_asked(how, dtype, tmp_path):
+    for autocast, expected in ((True, torch.float32), (False, dtype)):
+        common = {"autocast_adapter_dtype": autocast}
+        model = peft.get_peft_model(Net().to(dtype), config(), **common)
+        model.add_adapter("added", config(2), **common)
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "loaded", **common)
+        dtypes = {k.dtype for layer in layers(model) for k in layer.c3a_kernel.values()}
+        assert dtypes == {expected}
+        y = model(torch.randn(5, 24, dtype=dtype))
+        assert y.dtype == dtype
+        y.float().sum().backward()
+        kernel = layers(model)[0].c3a_kernel["default"]
+        assert kernel.grad.dtype == expected
+
+
+def test_modules_to_save_go_with_their_adapter(how):
+    net, x = Net(), torch.randn(5, 24)
+    expected = net(x)
+    model = peft.get_peft_model(net, config(init_weights=True, modules_to_save=["head"]))
+    model.add_adapter("other", config(init_weights=True))
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.mul_(2)
+    assert not torch.allclose(model(x), expected)
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    model.set_adapter("other")
+    assert_near(model(x), expected)
+    model.set_adapter("default")
+    merged = model.merge_and_unload()
+    assert not torch.allclose(merged(x), expected)
+    assert type(merged.head) is nn.Linear
+
+
+def test_two_adapters_may_not_save_the_same_module(how):
+    model = made(("default", "other"), modules_to_save=["head"])
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+        model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.skipif(not hasattr(peft, "get_base_model_state_dict"), reason="an older PEFT")
+def test_the_base_models_state_is_read_and_written_through_the_adapters(how):
+    net = Net()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    model = peft.get_peft_model(net, config(modules_to_save=["head"]))
+    other = Net().state_dict()
+    for expected in (before, other):
+        result = peft.set_base_model_state_dict(model, expected, strict=False)
+        assert not result.missing_keys + result.unexpected_keys
+        got = peft.get_base_model_state_dict(model)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[key], expected[key]) for key in got)
+
+
+def test_layers_are_chosen_by_number(how):
+    net = nn.ModuleDict({"layers": nn.ModuleList(Net() for _ in range(3))})
+    chosen = config(target_modules=["down"], layers_to_transform=[0, 2], layers_pattern="layers")
+    model = peft.get_peft_model(net, chosen)
+    found = [name for name, m in model.named_modules() if isinstance(m, their_layer.C3ALinear)]
+    assert [name.split(".")[-2] for name in found] == ["0", "2"]
+
+
+def test_a_block_size_that_divides_no_side_is_said(how):
+    for target, which in (("down", "output"), ("head", "output"), ("up", "input")):
+        with pytest.raises(ValueError, match=f"should be a factor of the {which} size"):
+            peft.get_peft_model(
+                Net(), config(8 if which == "output" else 24, target_modules=[target])
+            )
+
+
+@pytest.mark.parametrize("bias", ["all", "c3a_only"])
+def test_biases_are_trained_as_asked(how, bias):
+    model, x = made(bias=bias), torch.randn(5, 24)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    biases = {
+        "down.base_layer.bias",
+        "up.base_layer.bias",
+        *(["head.bias"] if bias == "all" else []),
+    }
+    assert {n.removeprefix("base_model.model.") for n in changed if "c3a" not in n} == biases
+    assert_near(model(x), of_net(model, x, "default"))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_language_model_trains_with_checkpoints_and_generates(how, reentrant, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
+    net = LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0))
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(copy.deepcopy(net), config(8, **targets)).train()
+    ids = torch.randint(1, 50, (2, 7))
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    straight = gradients()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    again = gradients()
+    assert len(straight) == 6
+    for name in straight:
+        assert_near(again[name], straight[name])
+    model.gradient_checkpointing_disable()
+    model.eval().save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(net, tmp_path)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(
+        loaded.generate(input_ids=ids, **options), model.generate(input_ids=ids, **options)
+    )
+    assert_near(loaded(inputs_embeds=loaded.get_input_embeddings()(ids)).logits, model(ids).logits)
+    assert loaded.to(torch.bfloat16).generate(ids, **options).shape == (2, 11)
+
+
+@pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="an older PEFT")
+def test_peft_converts_an_adapter_to_lora(how):
+    model, x = made(target_modules=["down"]), torch.randn(5, 24)
+    expected = model(x)
+    lora_config, state = peft.convert_to_lora(model, rank=12)
+    twin = peft.get_peft_model(model.unload(), lora_config)
+    assert not peft.set_peft_model_state_dict(twin, state).unexpected_keys
+    assert_near(twin(x), expected, 1e-3)
+
+
 # What PEFT gets wrong, accelerated
 
 
@@ -350,6 +685,17 @@ def test_no_copy_of_the_input_is_kept(accelerated, dtype):
     with saved_for_backward(layer) as saved:
         layer(x)
     assert saved.total == x.nbytes
+
+
+def test_a_deleted_adapter_leaves_no_prepared_kernel_behind(accelerated):
+    model, x = made(("default", "other")).eval(), torch.randn(2, 24)
+    with torch.no_grad():
+        model(x, adapter_names=["default", "other"])
+    kept = weakref.ref(layers(model)[0]._c3a_prepared["other"])
+    assert kept() is not None
+    model.delete_adapter("other")
+    assert kept() is None
+    assert_near(model(x), of_net(model, x, "default"))
 
 
 def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(accelerated):
@@ -451,6 +797,171 @@ def test_each_row_gets_its_own_adapter(accelerated):
         head = net.head.modules_to_save[name] if names else net.head.original_module
         assert_near(got[row], head(hidden))
     assert_near(model(x), of_net(model, x, "default"))  # and no hook is left
+
+
+ROWS = ["other", "default", "__base__", "other", "fourth"]
+
+
+def four_adapters(**options):
+    """A layer with adapters of two block sizes: 4 for default and third, 2 for other and fourth."""
+    model = made(("default", "other"), **options).eval()
+    model.add_adapter("third", config(4, **options))
+    model.add_adapter("fourth", config(2, **options))
+    return model, layers(model)[0]
+
+
+def by_definition(layer, x, rows):
+    """Rows one by one, in float64 from the base's result on."""
+    base = layer.get_base_layer()(x)
+    matrices = [
+        c3a.circulant(layer.c3a_kernel[name].double()) / layer.in_features
+        if name in layer.c3a_kernel
+        else None
+        for name in rows
+    ]
+    deltas = [0.0 if m is None else r.double() @ m.T for r, m in zip(x, matrices, strict=True)]
+    return torch.stack([y + delta for y, delta in zip(base, deltas, strict=True)])
+
+
+@contextlib.contextmanager
+def operators_called():
+    names = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        yield names
+    names += [event.name for event in record.events() if event.name.startswith("c3a::")]
+
+
+@pytest.mark.parametrize("leading", [(5,), (5, 3), (5, 2, 3), (5, 0)], ids=str)
+def test_rows_of_adapters_are_one_call_for_each_block_size(accelerated, leading):
+    _, layer = four_adapters()
+    x = torch.randn(*leading, 24)
+    with torch.inference_mode():
+        got = layer(x, adapter_names=ROWS)  # prepares
+        with operators_called() as called:
+            again = layer(x, adapter_names=ROWS)
+    assert called == ["c3a::block_circ_conv_many_prepared_add_"] * 2
+    assert torch.equal(again, got)
+    assert_near(got, by_definition(layer, x, ROWS).to(got.dtype))
+    assert torch.equal(got[2], layer.get_base_layer()(x)[2])
+    assert layer(x[:0], adapter_names=[]).shape == (0, *leading[1:], 12)
+
+
+def test_what_is_prepared_for_rows_is_never_stale(accelerated):
+    _, layer = four_adapters()
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        for write in (
+            lambda w: None,
+            lambda w: w.mul_(2),
+            lambda w: w.data.neg_(),
+            lambda w: w.numpy().__imul__(3),
+        ):
+            write(layer.c3a_kernel["other"].detach())
+            assert_near(layer(x, adapter_names=ROWS), by_definition(layer, x, ROWS).float())
+        rows = ["third", "default", "third", "__base__", "other"]  # others of the same stacks
+        assert_near(layer(x, adapter_names=rows), by_definition(layer, x, rows).float())
+        assert_near(layer(x, adapter_names=ROWS), by_definition(layer, x, ROWS).float())
+
+
+def test_a_graph_keeps_the_prepared_kernels_of_its_rows(accelerated):
+    _, layer = four_adapters()
+    layer.requires_grad_(False)
+    x = torch.randn(5, 24, requires_grad=True)
+    expected = torch.autograd.grad(by_definition(layer, x, ROWS).sum(), x)[0]
+    y = layer(x, adapter_names=ROWS)
+    with operators_called() as called:
+        layer(x, adapter_names=["third", "default", "third", "__base__", "other"])
+    assert "c3a::prepare" in called  # into the same stack
+    layer.c3a_kernel["other"].data.mul_(2)
+    layer(x, adapter_names=ROWS)
+    assert_near(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("leading", [(5,), (5, 3)], ids=str)
+def test_rows_give_their_adapters_gradients(accelerated, leading):
+    model, layer = four_adapters()
+    model.double()
+    for kernel in layer.c3a_kernel.values():
+        kernel.requires_grad_()
+    x = torch.randn(*leading, 24, dtype=torch.float64, requires_grad=True)
+    used = [layer.c3a_kernel[name] for name in ("default", "other", "fourth")]
+    h = torch.randn(*leading, 12, dtype=torch.float64)
+    with operators_called() as called:
+        y = layer(x, adapter_names=ROWS)
+    assert called.count("c3a::block_circ_conv_many_add_") == 2
+    got = torch.autograd.grad(y, [x, *used], h)
+    expected = torch.autograd.grad(by_definition(layer, x, ROWS), [x, *used], h)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert_near(ours, theirs, 1e-12)
+    unused = torch.autograd.grad(
+        layer(x, adapter_names=ROWS).sum(), layer.c3a_kernel["third"], allow_unused=True
+    )
+    assert unused[0] is None
+
+
+def test_a_base_that_keeps_its_result_keeps_it_when_rows_are_added(accelerated):
+    _, layer = four_adapters()
+    kept = []
+    layer.get_base_layer().register_forward_hook(lambda _m, _x, y: kept.append(y))
+    x = torch.randn(5, 24)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got = layer(x, adapter_names=ROWS)
+            (y,) = kept
+            assert torch.equal(y, nn.functional.linear(x, layer.weight, layer.bias))
+            assert_near(got, by_definition(layer, x, ROWS).float())
+            kept.clear()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_under_autocast_have_its_dtype(accelerated, dtype, grad):
+    _, layer = four_adapters()
+    x = torch.randn(5, 3, 24)
+    with torch.autocast("cpu", dtype), torch.set_grad_enabled(grad):
+        got = layer(x, adapter_names=ROWS)
+    assert got.dtype == dtype
+    assert_near(got.double(), by_definition(layer, x, ROWS), 0.02)
+
+
+def test_rows_work_compiled_and_transformed(accelerated):
+    _, layer = four_adapters()
+    x = torch.randn(5, 3, 24)
+    expected = by_definition(layer, x, ROWS).float()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_near(compiled(x, adapter_names=ROWS), expected)
+    over_tokens = torch.func.vmap(lambda x: layer(x, adapter_names=ROWS), 1, 1)
+    assert_near(over_tokens(x), expected)
+    _, tangent = torch.func.jvp(lambda x: layer(x, adapter_names=ROWS), (x,), (x,))
+    assert_near(tangent, (expected - layer.get_base_layer().bias))
+
+
+def test_rows_of_many_threads_and_names_are_right(accelerated):
+    model = made(("default",)).eval()
+    names = [f"adapter {i}" for i in range(24)]
+    for i, name in enumerate(names):
+        model.add_adapter(name, config((2, 4)[i % 2]))
+    layer = layers(model)[0]
+    failed = []
+
+    def serve(seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.inference_mode():
+            for _ in range(30):
+                chosen = torch.randint(len(names), (6,), generator=generator).tolist()
+                rows = [names[k] for k in chosen]
+                x = torch.randn(6, 24, generator=generator)
+                got, expected = layer(x, adapter_names=rows), by_definition(layer, x, rows)
+                if relative_error(got.double(), expected) > 1e-5:
+                    failed.append(rows)
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 def test_wrong_names_for_rows_are_said(accelerated):
@@ -577,6 +1088,21 @@ def test_bases_other_than_linear_are_adapted(accelerated, base, tmp_path):
     assert not isinstance(plain[0], their_layer.C3ALinear)
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path)
     assert_near(loaded(x).detach(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_are_served_on_other_bases_too(accelerated, base, grad):
+    model, layer = on(base)
+    model.eval()
+    model.add_adapter("other", config(4, target_modules=["0"]))
+    rows, x = ["other", "__base__", "default", "other"], torch.randn(4, 3, 64)
+    with torch.set_grad_enabled(grad):
+        got = model(x, adapter_names=rows)
+        expected = by_definition(layer, x, rows)
+    assert got.requires_grad == grad
+    assert_near(got.double(), expected, 1e-5)
+    assert torch.equal(got[1], layer.get_base_layer()(x)[1])
 
 
 @pytest.mark.parametrize("base", ["torchao", "bitsandbytes, 8 bits", "bitsandbytes, 4 bits"])

@@ -22,6 +22,7 @@ from .ops import (
     prepare,
 )
 from .patch import disabled, merge, patch_model, unmerge, unpatch_model
+from .pool import AdapterPool
 from .pretrained import load_pretrained
 from .reference import circulant, nearest_kernel
 from .summary import summary
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = _library.fact("version")
 
 __all__ = [
+    "AdapterPool",
     "C3ALinear",
     "ColwiseParallel",
     "RowwiseParallel",

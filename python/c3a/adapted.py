@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from . import _private, autograd
+from . import _private, autograd, shapes
 from .ops import (
     block_circ_conv,
     block_circ_conv_add,
@@ -18,7 +18,7 @@ from .ops import (
     block_circ_conv_prepared,
     block_circ_conv_prepared_add,
 )
-from .prepared import PreparedKernel
+from .prepared import PreparedKernel, PreparedStack
 
 _Prepared = tuple[Tensor, int, Tensor | None]
 
@@ -90,35 +90,89 @@ def forward(
     return y
 
 
+class Rows(NamedTuple):
+    """Adapters of one shape, stacked, of which each row takes one or none."""
+
+    product: autograd.Product  # of many kernels
+    # of the product, after its input: kernels, plain or prepared, the rows' index, ...
+    operands: tuple[Any, ...]
+    pad: tuple[int, int] = (0, 0)  # as of a share
+
+
+def forward_rows(
+    base: nn.Module,
+    x: Tensor,
+    choose: Callable[[Tensor, torch.dtype], Sequence[Rows]],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Return ``base(x, *args, **kwargs)`` plus, for each row of ``x``, its adapter's share.
+
+    ``choose`` is given ``x`` and the base's dtype, which is the result's.
+    """
+    y: Tensor = base(x, *args, **(kwargs or {}))
+    for product, operands, (more_in, more_out) in choose(x, y.dtype):
+        seen = F.pad(x, (0, more_in)) if more_in else x
+        if more_out or not _private.is_plain(y, x, operands[0]):
+            delta = product.op(shapes.widened(seen, y.dtype), *operands)
+            y = (y + delta[..., : y.shape[-1]]).to(y.dtype)
+        else:
+            if not _private.is_sole_owner(y):
+                y = y.clone(memory_format=torch.contiguous_format)
+            y = autograd.add_into(product, y, seen, *operands)
+    return y
+
+
 def forward_by_row(
     base: nn.Module,
     x: Tensor,
     shares: Mapping[str, Share],
     names: Sequence[str],
+    stacks: MutableMapping[Hashable, PreparedStack],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Return ``base(x, *args, **kwargs)`` plus, for each row of ``x``, the share of its name.
 
-    Rows whose name has no share get the base alone. A call for each name that occurs.
+    Rows whose name has no share get the base alone. A call for each shape of kernels; ``stacks``
+    holds what is prepared for it.
     """
-    y: Tensor = base(x, *args, **(kwargs or {}))
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        if name in shares:
-            rows.setdefault(name, []).append(row)
-    for name, places in rows.items():
-        kernel, scale, held, _ = shares[name]
-        index = torch.tensor(places, device=x.device)
-        some, onto = x.index_select(0, index), y.index_select(0, index)
-        is_plain = _private.is_plain(onto, some, kernel)
-        prepared = _prepared(kernel, scale, held, some, onto.dtype) if is_plain else None
-        if prepared:
-            onto = block_circ_conv_prepared_add(onto, some, *prepared)
-        else:
-            onto = block_circ_conv_add(onto, some, kernel, scale)
-        y = y.index_copy(0, index, onto)
-    return y
+
+    def choose(x: Tensor, of_y: torch.dtype) -> list[Rows]:
+        groups: dict[Hashable, dict[str, Share]] = {}
+        for name, share in shares.items():
+            w = share.kernel
+            groups.setdefault((w.shape, w.dtype, w.device, share.scale), {})[name] = share
+        return [_rows_of(x, of_y, some, names, stacks, kind) for kind, some in groups.items()]
+
+    return forward_rows(base, x, choose, args, kwargs)
+
+
+def _rows_of(
+    x: Tensor,
+    of_y: torch.dtype,
+    shares: Mapping[str, Share],
+    names: Sequence[str],
+    stacks: MutableMapping[Hashable, PreparedStack],
+    kind: Hashable,
+) -> Rows:
+    """Return the rows of adapters of one kind, with prepared kernels where no gradient is lost."""
+    kernels = {name: share.kernel for name, share in shares.items()}
+    scale = next(iter(shares.values())).scale
+    grad = torch.is_grad_enabled()
+    found = None
+    if _private.is_plain(x, *kernels.values()) and not (
+        grad and any(w.requires_grad for w in kernels.values())
+    ):
+        stack = stacks.setdefault(kind, PreparedStack())
+        found = stack.get(kernels, scale, (x.dtype, of_y), transposed=grad and x.requires_grad)
+    slots = found[2] if found else {name: slot for slot, name in enumerate(kernels)}
+    index = torch.tensor([slots.get(name, -1) for name in names])
+    if found is None:
+        return Rows(autograd.MANY, (torch.stack(list(kernels.values())), index, scale))
+    w_hat, w_hat_transposed, _ = found
+    block_size = next(iter(kernels.values())).shape[-1]
+    return Rows(autograd.MANY_PREPARED, (w_hat, index, block_size, w_hat_transposed))
 
 
 def _frozen_linear(

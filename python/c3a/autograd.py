@@ -41,6 +41,8 @@ _MANY = _OPS.block_circ_conv_many.default
 _MANY_INPUT_GRAD = _OPS.block_circ_conv_many_input_grad.default
 _MANY_KERNEL_GRAD = _OPS.block_circ_conv_many_kernel_grad.default
 _MANY_PREPARED = _OPS.block_circ_conv_many_prepared.default
+_MANY_ADD_ = _OPS.block_circ_conv_many_add_.default
+_MANY_PREPARED_ADD_ = _OPS.block_circ_conv_many_prepared_add_.default
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Args = tuple[Any, ...]  # of an operator: tensors, None and constants
@@ -564,9 +566,7 @@ _IN_PLACE: dict[Product, _InPlace] = {
 }
 
 
-def _sum_in_place(product: Product) -> Callable[..., Tensor]:
-    add_ = _IN_PLACE[product].add_
-
+def _sum_in_place(add_: _private.Overload) -> Callable[..., Tensor]:
     @typed_errors
     def compute(base: Tensor, *args: Any) -> Tensor:
         out = base.detach()  # the same memory as a tensor of its own: to autograd, a new result
@@ -578,8 +578,13 @@ def _sum_in_place(product: Product) -> Callable[..., Tensor]:
 
 
 _INTO_BASE: dict[Product, tuple[_Node, Callable[..., Tensor]]] = {
-    FORWARD: (_sum_node("BlockCircConvAdd", FORWARD), _sum_in_place(FORWARD)),
-    PREPARED: (_sum_node("BlockCircConvPreparedAdd", PREPARED), _sum_in_place(PREPARED)),
+    FORWARD: (_sum_node("BlockCircConvAdd", FORWARD), _sum_in_place(_ADD_)),
+    PREPARED: (_sum_node("BlockCircConvPreparedAdd", PREPARED), _sum_in_place(_PREPARED_ADD_)),
+    MANY: (_sum_node("BlockCircConvManyAdd", MANY), _sum_in_place(_MANY_ADD_)),
+    MANY_PREPARED: (
+        _sum_node("BlockCircConvManyPreparedAdd", MANY_PREPARED),
+        _sum_in_place(_MANY_PREPARED_ADD_),
+    ),
 }
 
 
@@ -725,7 +730,12 @@ def linear_rule(op: _private.Overload) -> _Function:
         check((x, weight, bias, w))
         shapes.linear(x, weight, bias, w, scale)
         tensors = _tensors((x, weight, bias, w))
-        if _needs_graph(weight, bias) or _private.in_transform() or _private.has_tangent(*tensors):
+        if (
+            _needs_graph(weight, bias)
+            or _private.in_transform()
+            or _private.has_tangent(*tensors)
+            or torch.compiler.is_exporting()  # to a graph for others, who know no writes in place
+        ):
             return linear_as_a_sum(x, weight, bias, w, scale)
         if _needs_graph(x, w):
             is_ordinary = _private.is_ordinary(*tensors)

@@ -7,7 +7,7 @@ and of its model, each to a subclass.
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import adapted, merging
 from .linear import checked_dropout
-from .prepared import PreparedKernel
+from .prepared import PreparedKernel, PreparedStack
 from .sizes import features, linear_features
 
 _OLDEST, _NEWEST = (0, 16), (0, 21)  # releases that were tried
@@ -79,9 +79,11 @@ class AcceleratedC3ALinear(_layer.C3ALinear):
             raise ValueError(
                 f"c3a.peft: expected an adapter name for each of {len(x)} rows, got {len(names)}"
             )
-        known = set() if self.disable_adapters else set(names).intersection(self.c3a_kernel)
-        shares = {name: self._share(name) for name in known}
-        return adapted.forward_by_row(self.base_layer, x, shares, names, args, kwargs)
+        known = [] if self.disable_adapters else [n for n in self.c3a_kernel if n in set(names)]
+        scale = 1 / self.in_features
+        shares = {name: adapted.Share(self.c3a_kernel[name], scale, None) for name in known}
+        stacks: dict[Hashable, PreparedStack] = self.__dict__.setdefault("_c3a_stacks", {})
+        return adapted.forward_by_row(self.base_layer, x, shares, names, stacks, args, kwargs)
 
     def _share(self, name: str) -> adapted.Share:
         prepared = None
@@ -160,13 +162,21 @@ class AcceleratedC3ALinear(_layer.C3ALinear):
 
     # What was prepared goes with the kernels.
 
+    def _drop_prepared(self) -> None:
+        for name in ("_c3a_prepared", "_c3a_stacks"):
+            self.__dict__.pop(name, None)
+
     def train(self, mode: bool = True) -> "Self":
         if mode:
-            self.__dict__.pop("_c3a_prepared", None)
+            self._drop_prepared()
         return super().train(mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.__dict__.get("_c3a_prepared", {}).pop(adapter_name, None)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
-        self.__dict__.pop("_c3a_prepared", None)
+        self._drop_prepared()
         original = self._original()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if original is not None:

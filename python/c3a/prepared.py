@@ -1,4 +1,4 @@
-"""A layer's kernel, prepared once for many calls that want no gradient for it.
+"""A layer's kernel or kernels, prepared once for many calls that want no gradient for them.
 
 On the CPU it is prepared at the first such call, and every call compares the kernel with a copy of
 what was prepared, bit by bit: whatever wrote it, and however, it is never stale. Elsewhere a
@@ -8,6 +8,7 @@ when the kernel is another tensor or its version (autograd's count of writes) ha
 
 import ctypes
 import threading
+from collections.abc import Mapping
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -53,9 +54,7 @@ class PreparedKernel:
                 f"one counts no writes, and on {w.device} nothing else tells when it changes"
             )
         with self._lock:
-            self._held = _prepared(
-                _plain(w), scale, _prepared_for(w, activations), transposed=False
-            )
+            self._held = _prepared(_plain(w), scale, prepared_for(w, activations), transposed=False)
 
     def get(
         self, w: Tensor, scale: float, activations: tuple[torch.dtype, ...], transposed: bool
@@ -64,7 +63,7 @@ class PreparedKernel:
 
         For activations and results of these dtypes; the second is None unless ``transposed``.
         """
-        dtype = _prepared_for(w, *activations)
+        dtype = prepared_for(w, *activations)
         held, w = self._held, _plain(w)
         if w.device.type != "cpu":
             if held is None:
@@ -87,13 +86,126 @@ class PreparedKernel:
                 self._held = None
 
 
+class _Stack(NamedTuple):
+    """Slots of one tensor; filled ones are never written again."""
+
+    dtype: torch.dtype  # what its kernels are prepared for
+    w_hat: Tensor
+    w_hat_transposed: Tensor | None
+    held: dict[str, tuple[int, _Held]]  # slot and what is in it, by name
+
+
+class PreparedStack:
+    """Holds prepared kernels of one shape and scale, stacked, for rows that choose one each.
+
+    On the CPU only, where every call compares those that it uses. A name has a slot from its first
+    use on. Where a kernel has changed another stack begins, so that what a call was given stays as
+    it is. Safe to use from many threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stack: _Stack | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return PreparedStack, ()
+
+    def get(
+        self,
+        kernels: Mapping[str, Tensor],
+        scale: float,
+        activations: tuple[torch.dtype, ...],
+        transposed: bool,
+    ) -> tuple[Tensor, Tensor | None, dict[str, int]] | None:
+        """Return ``(w_hat, w_hat_transposed, slots by name)`` of the kernels as they are now.
+
+        Or None off the CPU; otherwise as ``PreparedKernel.get``.
+        """
+        if any(not w.is_cpu for w in kernels.values()):
+            return None
+        kernels = {name: _plain(w) for name, w in kernels.items()}
+        dtype = prepared_for(next(iter(kernels.values())), *activations)
+        stack = self._stack
+        if stack is None or not _has_current(stack, kernels, scale, dtype, transposed):
+            with self._lock:
+                stack = self._stack
+                if stack is None or not _has_current(stack, kernels, scale, dtype, transposed):
+                    stack = self._stack = _stack_with(stack, kernels, scale, dtype, transposed)
+        slots = {name: stack.held[name][0] for name in kernels}
+        return stack.w_hat, stack.w_hat_transposed, slots
+
+
+def _serves_as(stack: _Stack, dtype: torch.dtype, transposed: bool) -> bool:
+    return stack.dtype == dtype and (stack.w_hat_transposed is not None or not transposed)
+
+
+def _has_current(
+    stack: _Stack,
+    kernels: Mapping[str, Tensor],
+    scale: float,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> bool:
+    return _serves_as(stack, dtype, transposed) and all(
+        name in stack.held and _is_current(stack.held[name][1], w, scale)
+        for name, w in kernels.items()
+    )
+
+
+def _stack_with(
+    old: _Stack | None,
+    kernels: Mapping[str, Tensor],
+    scale: float,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> _Stack:
+    """Return a stack in which these kernels have slots: the old one while it has room."""
+    entries: dict[str, _Held] = {}
+    if old and _serves_as(old, dtype, transposed):
+        entries = {name: held for name, (_, held) in old.held.items()}
+        if not all(_is_current(entries[k], w, scale) for k, w in kernels.items() if k in entries):
+            entries = {}
+    kept = len(entries)
+    for name, w in kernels.items():
+        if name not in entries:
+            entries[name] = _prepared(w, scale, dtype, transposed)
+    stack = old
+    if stack is None or not kept or len(entries) > len(stack.w_hat):
+        stack, kept = _empty_stack(next(iter(entries.values())), 2 * len(entries)), 0
+    for slot, (name, held) in list(enumerate(entries.items()))[kept:]:
+        stack.held[name] = slot, _put(stack, slot, held)
+    return stack
+
+
+def _empty_stack(like: _Held, slots: int) -> _Stack:
+    def of(t: Tensor) -> Tensor:
+        return torch.empty((slots, *t.shape), dtype=t.dtype)
+
+    with torch.inference_mode(False):  # its tensors could be written within it only
+        w_hat_t = None if like.w_hat_transposed is None else of(like.w_hat_transposed)
+        return _Stack(like.dtype, of(like.w_hat), w_hat_t, {})
+
+
+def _put(stack: _Stack, slot: int, held: _Held) -> _Held:
+    """Fill a slot, and return what is in it."""
+
+    def filled(t: Tensor, what: Tensor) -> Tensor:
+        # Past the version's count: graphs may have saved the stack, and use other slots.
+        return t.data[slot].copy_(what)
+
+    w_hat_t = None
+    if stack.w_hat_transposed is not None and held.w_hat_transposed is not None:
+        w_hat_t = filled(stack.w_hat_transposed, held.w_hat_transposed)
+    return held._replace(w_hat=filled(stack.w_hat, held.w_hat), w_hat_transposed=w_hat_t)
+
+
 def _plain(w: Tensor) -> Tensor:
     """Return the kernel's numbers as they are now, whatever becomes of the parameter."""
     w = w.detach()
     return w.resolve_neg() if w.is_neg() else w
 
 
-def _prepared_for(w: Tensor, *activations: torch.dtype) -> torch.dtype:
+def prepared_for(w: Tensor, *activations: torch.dtype) -> torch.dtype:
     """Return the dtype for which an operator would transform the kernel itself."""
     sums = sums_dtype(w.dtype, *activations)
     narrow = w.is_cpu and sums == torch.float32 and torch.bfloat16 in activations
