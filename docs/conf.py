@@ -27,6 +27,7 @@ exclude_patterns = ["drawn"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["lightning"]
 autodoc_typehints_format = "short"
 napoleon_use_rtype = False
 # A variable of types, for "the same kind of model": it has no place of its own.

@@ -268,6 +268,16 @@ def layers_take_sequences_that_are_sharded(_: Path) -> None:
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
 
 
+def fails_in_the_first_process(_: Path) -> None:
+    if torch.distributed.get_rank() == 0:
+        raise ValueError("the first one's own error")
+    torch.distributed.all_reduce(torch.ones(4))
+
+
+def reduces_more(_: Path) -> None:
+    torch.distributed.all_reduce(torch.ones(64))
+
+
 CHECKS = [
     gradients_are_those_of_one_process,
     second_gradients_are_those_of_one_process,

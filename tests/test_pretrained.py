@@ -421,6 +421,39 @@ def test_plain_modules_are_left_alone(tmp_path):
     }
 
 
+def test_a_folder_without_its_base_has_what_is_trained(bert, tmp_path):
+    model = patched(bert)
+    model.save_pretrained(tmp_path / "saved", with_base=False)
+    trained = {n.replace(".base_layer", "") for n, p in model.named_parameters() if p.requires_grad}
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == trained
+    assert not (tmp_path / "saved" / "config.json").exists()
+    assert_close(outputs(classifier(tmp_path / "saved")), outputs(model))
+    again = c3a.load_pretrained(AutoModelForSequenceClassification, tmp_path / "saved")
+    assert_same_state(state_of(again), state_of(model))
+    assert_same_state(
+        state_of(c3a.load_adapter(classifier(bert), tmp_path / "saved")), state_of(model)
+    )
+
+
+def test_a_base_that_is_nowhere_else_is_not_left_out(bert, tmp_path):
+    model = patched(bert)
+    model.save_pretrained(tmp_path / "whole")
+    before = files(tmp_path / "whole")
+    with pytest.raises(ValueError, match="holds a model .config.json., whose weights would be"):
+        model.save_pretrained(tmp_path / "whole", with_base=False)
+    with pytest.raises(ValueError, match="with_base=True for a merged model"):
+        c3a.merge(model).save_pretrained(tmp_path / "merged", with_base=False)
+    made = c3a.patch_model(llama(), ["q_proj"], 4)
+    with pytest.raises(ValueError, match="with_base=True for a model that from_pretrained has not"):
+        made.save_pretrained(tmp_path / "made", with_base=False)
+    with pytest.raises(ValueError, match="with_base=True for a model that from_pretrained has not"):
+        trainer_of(made, tmp_path / "run", [AdapterCallback(with_base=False)]).train()
+    plain = c3a.patch_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), ["0"], 2)
+    with pytest.raises(ValueError, match="expected a patched model of transformers"):
+        AdapterCallback(with_base=False).on_train_begin(None, None, None, model=plain)
+    assert files(tmp_path / "whole") == before
+
+
 # Trainer
 
 
@@ -473,6 +506,129 @@ def test_trainer_resumes_from_the_middle_to_the_same_bits(bert, tmp_path, caplog
     assert_close(outputs(classifier(checkpoint)), outputs(whole))
     loaded = c3a.load_pretrained(AutoModelForSequenceClassification, checkpoint)
     assert_same_state(state_of(loaded), expected)
+
+
+def test_trainer_resumes_from_checkpoints_without_the_base(bert, tmp_path, caplog):
+    whole = patched(bert, init="zeros")
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
+    callback = AdapterCallback(with_base=False)
+    trainer = trainer_of(whole, tmp_path / "whole", [callback], **options)
+    trainer.train()
+    expected = state_of(whole)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    assert len(load_file(checkpoint / "model.safetensors")) == sum(
+        parameter.requires_grad for parameter in whole.parameters()
+    )
+
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-3")
+    resumed = patched(bert, init="gaussian")
+    again = trainer_of(resumed, tmp_path / "run", [AdapterCallback(with_base=False)], **options)
+    again.train(resume_from_checkpoint=True)
+    assert_same_state(state_of(resumed), expected)
+    assert "missing keys" not in caplog.text
+    assert "unexpected keys" not in caplog.text
+
+    last = tmp_path / "whole" / "checkpoint-6"
+    loaded = c3a.load_pretrained(AutoModelForSequenceClassification, last)
+    assert_same_state(state_of(loaded), expected)
+    trainer.save_model(str(tmp_path / "saved"))  # not one of Trainer's checkpoints
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) > set(
+        classifier(bert).state_dict()
+    )
+
+
+def test_trainer_takes_the_best_of_checkpoints_without_the_base(bert, tmp_path):
+    model = patched(bert, init="zeros")
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        [AdapterCallback(every=3, with_base=False)],
+        eval_strategy="steps",
+        eval_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    scores = iter([2.0, 1.0])
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_score": next(scores)}
+    trainer.train()
+    best = c3a.load_adapter(classifier(bert), tmp_path / "adapter-3")
+    assert_same_state(state_of(model), state_of(best))
+
+
+def by_hand(model, batch, accumulated=1, clip=1.0, dtype=None):
+    """Do what Trainer does in six steps, on sentences in their order."""
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
+    sentences, losses, norms = Sentences(), [], []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = 0.0
+        for part in range(accumulated):
+            start = (step * accumulated + part) * batch
+            rows = [sentences[i % len(sentences)] for i in range(start, start + batch)]
+            inputs = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                found = model(**inputs).loss / accumulated
+            found.backward()
+            loss += found.item()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, clip).item())
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] -= 0.01 / 6
+        losses.append(loss)
+    return losses, norms
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "tolerance"),
+    [
+        pytest.param({}, {}, 1e-5, id="plain"),
+        pytest.param(
+            {"gradient_accumulation_steps": 2},
+            {"batch": 2, "accumulated": 2},
+            1e-5,
+            id="accumulated",
+        ),
+        pytest.param({"max_grad_norm": 0.05}, {"clip": 0.05}, 1e-5, id="clipped"),
+        pytest.param({"bf16": True}, {"dtype": torch.bfloat16}, 1e-2, id="bfloat16"),
+        pytest.param({"torch_compile": True}, {}, 1e-3, marks=pytest.mark.slow, id="compiled"),
+    ],
+)
+def test_trainer_does_what_a_loop_does(options, settings, tolerance, tmp_path):
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    write_model(tmp_path / "bert", transformers.BertForSequenceClassification, **quiet)
+    model, single = (patched(tmp_path / "bert", init="zeros") for _ in range(2))
+    settings = {"batch": 4, **settings}
+    trainer = trainer_of(
+        model,
+        tmp_path / "run",
+        save_strategy="no",
+        logging_steps=1,
+        per_device_train_batch_size=settings["batch"],
+        train_sampling_strategy="sequential",
+        learning_rate=0.01,
+        **options,
+    )
+    # BERT takes the number of items, which a mean over several batches needs, and ignores it
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+    losses, norms = by_hand(single, **settings)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    torch.testing.assert_close(
+        [entry["loss"] for entry in logged], losses, rtol=tolerance, atol=max(tolerance, 1e-4)
+    )
+    torch.testing.assert_close(
+        [float(entry["grad_norm"]) for entry in logged],
+        norms,
+        rtol=10 * tolerance,
+        atol=max(tolerance, 1e-4),
+    )
+    kernels = [layer.c3a_kernel for layer in c3a.patch.adapted_layers(model).values()]
+    assert {kernel.dtype for kernel in kernels} == {torch.float32}
+    assert all(kernel.any() for kernel in kernels)
 
 
 def test_trainer_loads_the_best_model_and_saves_it(bert, tmp_path):

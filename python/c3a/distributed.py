@@ -4,7 +4,7 @@ What of torch is not imported has divided nothing: nothing of it is imported her
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,23 @@ def whole(t: Any) -> Tensor:
     return piece
 
 
+def is_first() -> bool:
+    """Return whether this is the process that writes what all have together."""
+    import torch.distributed as dist
+
+    return dist.get_rank() == 0
+
+
+def gathered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather tensors one by one, for which all processes must ask; only the first keeps them."""
+    found = {}
+    for key, t in state.items():
+        t = whole(t) if isinstance(t, Tensor) else t
+        if is_first():
+            found[key] = t.cpu() if isinstance(t, Tensor) else t
+    return found
+
+
 def placed_as(t: Tensor, like: Any) -> Tensor:
     """Divide a tensor that every process has as another one is; differentiable."""
     if not is_dtensor(like):
@@ -58,7 +75,7 @@ def by_one_process(act: Callable[[], object]) -> None:
     import torch.distributed as dist
 
     failure: BaseException | None = None
-    if dist.get_rank() == 0:
+    if is_first():
         try:
             act()
         except Exception as error:

@@ -86,6 +86,16 @@ def modules_to_save(model: nn.Module) -> tuple[str, ...]:
     return record.modules_to_save if record else ()
 
 
+def patched_part(model: nn.Module, who: str) -> nn.Module:
+    """Return the one part of a model that was patched. Raise ValueError, said by ``who``, else."""
+    parts = [part for part, _ in _records(unwrapped(model))]
+    if not parts and adapters(model):
+        return unwrapped(model)
+    if len(parts) != 1:
+        raise ValueError(f"{who}: expected one patched model, got {len(parts)}; patch it first")
+    return parts[0]
+
+
 def configured_task(model: nn.Module) -> str | None:
     """Return the task that a configuration named when the model was patched."""
     record = getattr(unwrapped(model), "_c3a_record", None)
@@ -399,7 +409,8 @@ def unpatch_model(model: Model, *, merge: bool = False, safe: bool = True) -> Mo
     Raises:
         TypeError, ValueError: ``merge`` and a base layer that cannot take the adapter, or ``safe``
             and a weight that would not be finite; otherwise one of ``modules_to_save`` that has
-            other shapes now, or that accelerate has offloaded. The model is then as it was.
+            other shapes now, or that accelerate has offloaded; a sharded model. The model is then
+            as it was.
 
     >>> import c3a, torch
     >>> model = c3a.patch_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), ["0"], 4)
@@ -411,6 +422,11 @@ def unpatch_model(model: Model, *, merge: bool = False, safe: bool = True) -> Mo
     from . import pretrained
 
     patched = unwrapped(model)
+    if distributed.is_sharded(patched):
+        raise ValueError(
+            "c3a.unpatch_model: the model is sharded over processes, by hooks of the layers that "
+            "would go; unpatch before it is sharded, or call c3a.merge and save the merged model"
+        )
     records = _records(patched)
     if merge:
         _merge_all(patched, safe)

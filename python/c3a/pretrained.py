@@ -15,17 +15,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import adapter_files
+from . import adapter_files, distributed
 from .adapter import adapter_of, kernel_of, load_adapter, warn_of_what_peft_cannot_load
-from .adapter_files import CONFIG, said_by
+from .adapter_files import CONFIG, read_adapter, said_by
 from .experts import ADAPTERS, C3AExperts, adapted_experts, plain_class
 from .files import replacing_in
 from .linear import C3ALinear
-from .patch import adapters, as_trained
+from .patch import adapters, as_trained, unwrapped
+from .trained import trained_of
 
 _WHO = "c3a: save_pretrained"
 _RENAMING = "_c3a_renaming"
 _NO_SUCH_FOLDER = "no-adapter"
+_OF_BASE = ("config.json", "generation_config.json")
 # What PEFT's configurations call the tasks that a class of transformers says in its name.
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -45,7 +47,8 @@ def load_pretrained(model_class: Any, folder: str | Path, **options: Any) -> nn.
     Args:
         model_class: a class of transformers that has ``from_pretrained``, such as
             ``AutoModelForSequenceClassification``.
-        folder: what was saved.
+        folder: what was saved. Where it was saved without its base (``with_base=False``), that
+            comes from where the adapter's configuration says.
         options: for ``from_pretrained``.
 
     Returns:
@@ -66,7 +69,10 @@ def load_pretrained(model_class: Any, folder: str | Path, **options: Any) -> nn.
     """
     # from_pretrained has no other way to leave out an adapter that lies beside the model
     leave_out = {"subfolder": _NO_SUCH_FOLDER}
-    model: nn.Module = model_class.from_pretrained(folder, adapter_kwargs=leave_out, **options)
+    base = folder
+    if (Path(folder) / CONFIG).exists() and not (Path(folder) / _OF_BASE[0]).exists():
+        base = read_adapter(folder).config.get("base_model_name_or_path") or folder
+    model: nn.Module = model_class.from_pretrained(base, adapter_kwargs=leave_out, **options)
     return load_adapter(model, folder)
 
 
@@ -84,7 +90,7 @@ def take_over(model: nn.Module) -> None:
 def give_back(model: nn.Module) -> None:
     """Undo ``take_over``."""
     for part in model.modules():
-        if getattr(part.__dict__.get("save_pretrained"), "func", None) is save_pretrained:
+        if _is_ours(part):
             del part.__dict__["save_pretrained"]
         if handle := part.__dict__.pop(_RENAMING, None):
             handle.remove()
@@ -112,27 +118,57 @@ def _known_by(name: str) -> tuple[str, ...]:
     return *(part for part in before.split(".") if part.isdecimal()), after
 
 
+def leave_out_base(model: nn.Module, is_left_out: bool) -> None:
+    """Let a model's ``save_pretrained`` write no base unless it is told to, or write it again.
+
+    Raises ValueError where that could not be loaded.
+    """
+    inner = unwrapped(model)
+    if not _is_ours(inner):
+        raise ValueError(
+            "c3a: expected a patched model of transformers, whose checkpoints can do without a "
+            f"base, got {type(inner).__name__}"
+        )
+    with said_by(_WHO):
+        _check_has_origin(inner)
+    inner.__dict__["save_pretrained"] = partial(save_pretrained, inner, with_base=not is_left_out)
+
+
+def _is_ours(part: nn.Module) -> bool:
+    return getattr(part.__dict__.get("save_pretrained"), "func", None) is save_pretrained
+
+
 def save_pretrained(
     model: nn.Module,
     save_directory: str | Path,
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    with_base: bool = True,
     **options: Any,
 ) -> None:
     """Write a patched model's base and adapter, or a merged model, as one step.
 
+    Of a sharded model every process calls this, and the first one writes; but where ``state_dict``
+    is given it has to hold everything, and who has it calls alone.
+
     Args:
         model: a patched model of transformers.
         save_directory, is_main_process, state_dict, options: as for the model's own method.
+        with_base: write the frozen base too. Otherwise ``from_pretrained`` takes it from where this
+            model's was loaded, and Trainer leaves it as it is when it resumes.
 
     Raises:
         ValueError: as ``c3a.save_adapter``; some layers are merged and some not; a merged model,
-            and a folder with an adapter; ``push_to_hub``, or ``distributed_checkpoint``. Nothing
-            is written then.
+            and a folder with an adapter; ``push_to_hub``, or ``distributed_checkpoint``; without
+            its base, a merged model, one that was not loaded from anywhere, and a folder with a
+            model. Nothing is written then.
 
     Warns that ``from_pretrained`` cannot load layers that PEFT cannot adapt.
     """
     folder = Path(save_directory)
+    together = state_dict is None and distributed.is_sharded(model)
+    distributed.reshard(model)
     with said_by(_WHO), as_trained(model):
         if unable := [key for key in ("push_to_hub", "distributed_checkpoint") if options.get(key)]:
             raise ValueError(
@@ -146,14 +182,28 @@ def save_pretrained(
                 f"{folder} holds an adapter ({CONFIG}), which from_pretrained would add to the "
                 "merged weights: save into another folder"
             )
+        if not with_base:
+            _check_without_base(model, folder, is_merged)
         has_adapter = bool(layers) and not is_merged
+        if state_dict is not None and distributed.is_sharded(model):
+            if not is_main_process:
+                return  # the others may not call this at all
+            _check_complete(model, state_dict, is_merged)
         adapter = adapter_of(model, _task_of(model), state_dict) if has_adapter else None
         base = _base_of(model, is_merged)
-    if state_dict is not None:
-        state_dict = _in_base_names(model, state_dict, is_merged)
+        if state_dict is None and (together or not with_base):
+            state_dict = model.state_dict()
+        if state_dict is not None:
+            if not with_base:
+                state_dict = trained_of(model, state_dict)
+            state_dict = _in_base_names(model, state_dict, is_merged)
+        if together and state_dict is not None:
+            state_dict = distributed.gathered(state_dict)
     kind: Any = type(base)
     write = kind.save_pretrained
-    if not is_main_process:
+    # transformers knows the first of several processes by itself
+    is_main_process = getattr(base, "should_save_on_this_rank", bool)(is_main_process)
+    if not (is_main_process or together):
         write(base, folder, is_main_process=False, state_dict=state_dict, **options)
         return
     if adapter:
@@ -162,12 +212,54 @@ def save_pretrained(
             "leaves the adapter to the PEFT library",
             layers,
         )
-    with as_trained(model), replacing_in(folder, last=adapter_files.FILES) as fresh:
-        write(base, fresh, state_dict=state_dict, **options)
-        if adapter:
-            adapter_files.prepare(fresh, folder, *adapter)
-        written = {path.name for path in fresh.iterdir()}
-    _remove_stale_weights(folder, written, options.get("variant"))
+
+    def write_all() -> None:
+        with as_trained(model), replacing_in(folder, last=adapter_files.FILES) as fresh:
+            write(base, fresh, state_dict=state_dict, **options)
+            if adapter:
+                adapter_files.prepare(fresh, folder, *adapter)
+            for name in () if with_base else _OF_BASE:
+                (fresh / name).unlink(missing_ok=True)
+            written = {path.name for path in fresh.iterdir()}
+        _remove_stale_weights(folder, written, options.get("variant"))
+
+    if together:
+        distributed.by_one_process(write_all)
+    else:
+        write_all()
+
+
+def _check_without_base(model: nn.Module, folder: Path, is_merged: bool) -> None:
+    if is_merged:
+        raise ValueError("expected with_base=True for a merged model, whose base has the adapter")
+    _check_has_origin(model)
+    if (folder / _OF_BASE[0]).exists():
+        raise ValueError(
+            f"{folder} holds a model ({_OF_BASE[0]}), whose weights would be replaced: save "
+            "without a base into another folder"
+        )
+
+
+def _check_has_origin(model: nn.Module) -> None:
+    if not getattr(getattr(model, "config", None), "_name_or_path", None):
+        raise ValueError(
+            "expected with_base=True for a model that from_pretrained has not loaded, for its "
+            "base is nowhere else"
+        )
+
+
+def _check_complete(model: nn.Module, state: Mapping[str, Tensor], is_merged: bool) -> None:
+    """Raise ValueError if anything had to be gathered, which one process cannot do alone."""
+    if is_merged:
+        raise ValueError(
+            "expected no state_dict for a merged model that is sharded: it has the original "
+            "weights; let every process call this without one"
+        )
+    if missing := [key for key in model.state_dict() if key not in state]:
+        raise ValueError(
+            f"expected a state_dict with all of the sharded model, got none of {missing[0]} "
+            f"({len(missing)} missing); let every process call this without one"
+        )
 
 
 def _task_of(model: nn.Module) -> str | None:
@@ -205,7 +297,9 @@ def _base_of(model: nn.Module, is_merged: bool) -> nn.Module:
         if isinstance(module, C3ALinear):
             own = {"weight": _merged_weight(module)} if is_merged else {}
             if not is_merged:
-                kernel = kernel_of(names[id(module)], module)
+                kernel = module.c3a_kernel.detach()
+                if not distributed.is_dtensor(kernel):  # whose values are gathered elsewhere
+                    kernel = kernel_of(names[id(module)], module)
                 own["c3a_kernel"] = nn.Parameter(kernel, requires_grad=False)
             return _copied(module.base_layer, _parameters=own)
         if is_merged and ADAPTERS in module._modules:
@@ -230,7 +324,7 @@ def _with_merged_experts(module: nn.Module) -> nn.Module:
 
 def _copied(module: nn.Module, **more: dict[str, Any]) -> nn.Module:
     """Return a module with the same contents, but for some parameters or modules."""
-    copy = type(module).__new__(type(module))
+    copy = object.__new__(type(module))  # FSDP's classes would call __init__
     copy.__dict__.update(module.__dict__)
     for kind, entries in more.items():
         copy.__dict__[kind] = {**module.__dict__[kind], **entries}

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,9 @@ from .adapter import save_adapter
 from .adapter_files import WEIGHTS
 from .distributed import is_sharded
 from .patch import adapters
+from .pretrained import leave_out_base
 from .sizes import is_count
+from .trained import take_without_base
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -30,17 +33,21 @@ class AdapterCallback(TrainerCallback):
     Each goes into ``<folder>/adapter-<step>``, and when training ends into ``<folder>/adapter``
     (with ``load_best_model_at_end`` that is the best one). ``c3a.load_adapter`` and PEFT load them.
     With ``save_strategy="no"`` Trainer writes nothing else; only its own checkpoints can be resumed
-    from.
+    from. With ``with_base=False`` those have no frozen base either: Trainer resumes from them with
+    the base that the model has, and ``from_pretrained`` and ``c3a.load_pretrained`` take it from
+    where the model was loaded.
 
     Args:
         folder: where to; by default Trainer's ``output_dir``.
         every: ``"epoch"``, or a number of steps.
         keep: how many of the newest to keep beside the last, ``<folder>/adapter``; by default all.
         task_type: as for ``c3a.save_adapter``.
+        with_base: whether Trainer's own checkpoints have the frozen base.
 
     Raises:
         ValueError: ``every`` or ``keep`` is out of range; and when training begins, the model is
-            not patched. While it trains, what ``c3a.save_adapter`` raises.
+            not patched, or ``with_base=False`` and it is not one that ``from_pretrained`` of
+            transformers has loaded. While it trains, what ``c3a.save_adapter`` raises.
 
     Example::
 
@@ -53,6 +60,7 @@ class AdapterCallback(TrainerCallback):
     every: str | int
     keep: int | None
     task_type: str | None
+    with_base: bool
 
     def __init__(
         self,
@@ -61,6 +69,7 @@ class AdapterCallback(TrainerCallback):
         *,
         keep: int | None = None,
         task_type: str | None = None,
+        with_base: bool = True,
     ) -> None:
         if every != "epoch" and not is_count(every):
             raise ValueError(
@@ -73,6 +82,14 @@ class AdapterCallback(TrainerCallback):
             )
         self.folder = None if folder is None else Path(folder)
         self.every, self.keep, self.task_type = every, keep, task_type
+        self.with_base = with_base
+        self._hooks = ExitStack()
+
+    def on_init_end(
+        self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not self.with_base:  # Trainer resumes before training begins
+            take_without_base(model, self._hooks)
 
     def on_train_begin(
         self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
@@ -82,6 +99,8 @@ class AdapterCallback(TrainerCallback):
                 "c3a.trainer.AdapterCallback: the model has no C3ALinear layer; patch it before "
                 "training"
             )
+        if not self.with_base:
+            leave_out_base(model, True)
 
     def on_step_end(
         self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
@@ -100,6 +119,8 @@ class AdapterCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero or is_sharded(model):
             save_adapter(model, self._folder(args) / "adapter", task_type=self.task_type)
+        if not self.with_base:
+            leave_out_base(model, False)
 
     def _folder(self, args: Any) -> Path:
         return Path(args.output_dir) if self.folder is None else self.folder
