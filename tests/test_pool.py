@@ -463,11 +463,20 @@ def test_a_name_that_is_registered_again_or_removed_means_so_from_the_next_rows_
     folders, tuned = saved(model, tmp_path, "ab")
     pool = c3a.AdapterPool(model, max_bytes=SIZE, folders=folders)
     x = torch.randn(1, 24)
+
+    def load_b():
+        with pool.rows(["b"]):
+            pass
+
     with torch.inference_mode():
         with pool.rows(["a"]):
             pool.register("a", folders["b"])
-            near(model(x), row_by_row(tuned, "a", x))
             assert pool.resident == ()
+            thread = threading.Thread(target=load_b)  # not in the place of what is in use
+            thread.start()
+            thread.join(30)
+            assert pool.resident == ("b",)
+            near(model(x), row_by_row(tuned, "a", x))
         with pool.rows(["a"]):
             near(model(x), row_by_row(tuned, "b", x))
             pool.remove("a")

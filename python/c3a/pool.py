@@ -120,6 +120,8 @@ class PooledLinear(nn.Module):
     It has no parameters beside its base layer's, and is not seen in state dicts.
     """
 
+    in_features: int
+    out_features: int
     base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module, pool: "AdapterPool") -> None:
