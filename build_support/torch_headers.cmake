@@ -33,6 +33,15 @@ if(_torch_version VERSION_LESS C3A_TORCH_TARGET_TEXT
 endif()
 message(STATUS "torch headers: ${_torch_version}, ${C3A_TORCH_ROOT}")
 
+# What CUDA it was built for; empty where for none. Written as in: cuda: Optional[str] = '12.8'
+set(C3A_TORCH_CUDA "")
+if(EXISTS "${C3A_TORCH_ROOT}/version.py")
+  file(STRINGS "${C3A_TORCH_ROOT}/version.py" _cuda_line REGEX "^cuda[ :]")
+  if(_cuda_line MATCHES "['\"]([0-9.]+)['\"]")
+    set(C3A_TORCH_CUDA "${CMAKE_MATCH_1}")
+  endif()
+endif()
+
 # A stand-in that carries only the SONAME. The process has the real library loaded already, since
 # torch is imported first; tests/test_package.py compares the symbols.
 function(c3a_stand_in target soname)

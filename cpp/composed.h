@@ -79,8 +79,12 @@ class Rows {
   // Rows of numbers, with zeros where there is no kernel.
   Tensor masked(const Tensor& numbers, int64_t first, int64_t count) const {
     const Tensor rows = torch::stable::reshape(numbers, {count, -1});
-    const Tensor none = part(none_, first, count);
-    return call_aten("aten::where.self", none, torch::stable::new_zeros(rows, {1}), rows);
+    return with(torch::stable::new_zeros(rows, {1}), rows, first, count);
+  }
+
+  // Rows of numbers, with those of others of their type where there is no kernel.
+  Tensor with(const Tensor& others, const Tensor& rows, int64_t first, int64_t count) const {
+    return call_aten("aten::where.self", part(none_, first, count), others, rows);
   }
 
  private:
@@ -111,11 +115,16 @@ void convolve_many(const Convolution& c, int64_t scaling, const Bins& bins_of) {
         spectra(in, type, count * each, p.n, p.b), {p.bins() * count, each, p.n});
     const Tensor out_hat = torch::stable::reshape(
         torch::stable::matmul(in_hat, adjoint_of(w_hat)), {p.bins(), count * each, p.m});
+    const Tensor numbers = signals(out_hat, p.b, scaling);
     Tensor out = some_rows(c.out, p, rows, first, count);
-    Tensor base = out;
-    if (c.base) base = some_rows(*c.base, p, rows, first, count);
-    write(
-        by_row.masked(signals(out_hat, p.b, scaling), first, count), c.base ? &base : nullptr, out);
+    if (!c.base) {
+      write(by_row.masked(numbers, first, count), nullptr, out);
+    } else {  // a sum with zeros would lose subnormal numbers and the sign of zeros
+      const Tensor base = some_rows(*c.base, p, rows, first, count);
+      Tensor sum = torch::stable::new_empty(out, out.sizes());
+      write(numbers, &base, sum);
+      torch::stable::copy_(out, by_row.with(base, sum, first, count));
+    }
   });
 }
 

@@ -56,6 +56,27 @@ def expect(holds: bool, what: str) -> None:
 # The operators and their definition, on dicts of float64 tensors
 
 
+def of_rows(dense: Callable) -> Callable:
+    """With an index, let a kernel's rows be its tokens; rows that choose none are zeros."""
+
+    def definition(t: dict) -> Tensor:
+        if t["index"] is None:
+            return dense(t)
+        rows = [torch.nonzero(t["index"] == k).flatten() for k in range(len(t["w"]))]
+        tokens = {name: t[name] for name in ("x", "grad_output") if name in t}
+        parts = [
+            dense({**t, "w": w, **{name: a[chosen] for name, a in tokens.items()}})
+            for w, chosen in zip(t["w"], rows, strict=True)
+        ]
+        found = parts[0].new_zeros(len(t["index"]), *parts[0].shape[1:])
+        for chosen, part in zip(rows, parts, strict=True):
+            found = found.index_copy(0, chosen, part)
+        return found
+
+    return definition
+
+
+@of_rows
 def product(t: dict) -> Tensor:
     matrix = c3a.circulant(t["w"])
     return t["scale"] * t["x"] @ (matrix if t["transposed"] else matrix.mT)
@@ -65,6 +86,12 @@ def total(t: dict) -> Tensor:
     return t["base"] + product(t)
 
 
+def on_linear(t: dict) -> Tensor:
+    y = t["x"] @ t["weight"].mT
+    return (y + t["bias"] if "bias" in t else y) + product(t)
+
+
+@of_rows
 def input_grad(t: dict) -> Tensor:
     return t["scale"] * t["grad_output"] @ c3a.circulant(t["w"])
 
@@ -108,8 +135,14 @@ class Operator:
     def prepared(self) -> bool:
         return "prepared" in self.name
 
+    @property
+    def many(self) -> bool:
+        """Return whether there is a stack of kernels, and an index of rows."""
+        return "many" in self.name
+
 
 XW, GW, GX = ("x", "w"), ("grad_output", "w"), ("grad_output", "x")
+LINEAR = ("x", "weight", "bias", "w")  # the bias may be left out
 OPERATORS = (
     Operator("block_circ_conv", XW, product, ("x",), (XW,)),
     Operator("block_circ_conv_add", ("base", *XW), total, ("base",), (XW,)),
@@ -127,6 +160,13 @@ OPERATORS = (
     Operator("block_circ_conv_prepared", XW, product, ("x",), (XW,)),
     Operator("block_circ_conv_prepared_add", ("base", *XW), total, ("base",), (XW,)),
     Operator("block_circ_conv_prepared_add_", ("base", *XW), total, ("base",), (XW,)),
+    Operator("block_circ_conv_linear", LINEAR, on_linear, ("weight",), (XW,)),
+    Operator("block_circ_conv_many", XW, product, ("x",), (XW,)),
+    Operator("block_circ_conv_many_add_", ("base", *XW), total, ("base",), (XW,)),
+    Operator("block_circ_conv_many_input_grad", GW, input_grad, ("grad_output",), (GW,)),
+    Operator("block_circ_conv_many_kernel_grad", GX, kernel_grad, ("dtype",), (GX,)),
+    Operator("block_circ_conv_many_prepared", XW, product, ("x",), (XW,)),
+    Operator("block_circ_conv_many_prepared_add_", ("base", *XW), total, ("base",), (XW,)),
 )
 
 
@@ -135,7 +175,7 @@ class Call:
     """An operator, its operands and its other arguments, as drawn."""
 
     operator: Operator
-    kernel_shape: tuple[int, int, int]
+    kernel_shape: tuple[int, ...]  # (m, n, b), or of a stack (adapters, m, n, b)
     transposed: bool  # of a prepared kernel
     scale: float
     scale_unit: int
@@ -143,6 +183,7 @@ class Call:
     units: dict[str, int]
     arguments: dict  # of the operator, by name
     prepared_for: torch.dtype | None = None
+    index: Tensor | None = None  # on the CPU
 
     @property
     def factor(self) -> float:
@@ -164,6 +205,17 @@ class Call:
         tensors = [*self.operands.values(), *self.arguments.values()]
         dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)} | {*self.result_dtypes}
         return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    @property
+    def sums_in_a_graph(self) -> bool:
+        """Return whether it is a product and a sum, each rounded, where a gradient is wanted."""
+        many = self.operator.many and self.operator.dense is total
+        return many or self.operator.dense is input_grad_added
+
+    @property
+    def own_bits(self) -> bool:
+        """Return whether the CPU's own kernels compute all of it."""
+        return self.has_kernels and self.operator.dense is not on_linear
 
     @property
     def rounds(self) -> bool:
@@ -206,6 +258,7 @@ class Call:
     def definition(self, operands: dict, scale: float, leaves, chosen: int, h: Tensor) -> dict:
         operands = {name: t.detach().requires_grad_(name in leaves) for name, t in operands.items()}
         facts = {"transposed": self.transposed, "kernel_shape": self.kernel_shape, "scale": scale}
+        facts["index"] = self.index
         results = self.operator.dense({**facts, **operands})
         results = results if isinstance(results, tuple) else (results,)
         leaves = {name: operands[name] for name in leaves}
@@ -318,6 +371,14 @@ class Draw:
             t = torch._neg_view(t)
         return t.expand(sizes)
 
+    def index_laid_out(self, index: Tensor) -> Tensor:
+        """Return an index on the CPU or the device, its entries apart or not."""
+        step, device = self.choice(1, 1, 2, 3), self.choice("cpu", self.device)
+        self.note(f"index in steps of {step}, on {device}")
+        memory = torch.full((len(index), step), 2**40, dtype=torch.int64, device=device)
+        memory[:, 0] = index
+        return memory[:, 0]
+
 
 def times_two_to(t: Tensor, exponent: int) -> Tensor:
     """Return ``t * 2**exponent`` in float64 on the CPU; no factor is out of its range."""
@@ -332,39 +393,54 @@ def near(unit: int, dtype: torch.dtype) -> int:
 
 def draw_call(draw: Draw) -> Call:
     operator = draw.choice(*OPERATORS)
+    has_linear = operator.dense is on_linear
     leading, m, n, b = draw.shape()
+    stack: tuple[int, ...] = ()
+    if operator.many:
+        leading = leading or (1,)
+        stack = (min(draw.choice(1, 2, 3, 8), DENSE_NUMBERS // (m * n * b * b)),)
     transposed = operator.prepared and draw.chance(0.3)
-    draw.note(f"{operator.name}, leading sizes {leading}, (m, n, b) {(m, n, b)}")
-    sizes = {"x": (*leading, n * b), "w": (n, m, b) if transposed else (m, n, b)}
+    draw.note(f"{operator.name}, leading sizes {leading}, (m, n, b) {(m, n, b)}, stack {stack}")
+    sizes = {"x": (*leading, n * b), "w": (*stack, *((n, m, b) if transposed else (m, n, b)))}
     sizes["base"] = sizes["grad_output"] = (*leading, m * b)
     sizes["grad_input"] = sizes["x"]
+    sizes |= {"weight": (m * b, n * b), "bias": (m * b,)}
     scale, scale_unit = 1.0, 0
     if draw.chance(0.7):
         scale = draw.choice(1.0, -1.0, 0.0, draw.random.uniform(-2, 2), draw.random.uniform(-2, 2))
-        scale_unit = draw.choice(0, 0, draw.random.randint(-20, 20))
-    call = Call(operator, (m, n, b), transposed, scale, scale_unit, {}, {}, {})
+        scale_unit = 0 if has_linear else draw.choice(0, 0, draw.random.randint(-20, 20))
+    call = Call(operator, (*stack, m, n, b), transposed, scale, scale_unit, {}, {}, {})
     draw.note(f"scale {call.factor}, prepared transposed: {transposed}")
 
     usual, common = draw.chance(0.4), draw.choice(*DTYPES)
     kinds = ["normal"] * 3 + ["positive", "constant", "sparse", "spread", "zero"]
     kinds += ["not finite"] * (4 if draw.chance(0.1) else 0)
+    if has_linear:  # its terms are summed in the weight's dtype: none is to overflow alone
+        kinds.remove("spread")
+    of_weight = common if usual else draw.choice(*DTYPES)
+    has_bias = draw.chance(0.7)
     for name in reversed(operator.operands):
+        if name == "bias" and not has_bias:
+            continue
         dtype, kind = common if usual else draw.choice(*DTYPES), draw.choice(*kinds)
+        dtype = of_weight if name in ("weight", "bias") else dtype
         # One subnormal operand in float64 at most, and none where a sum has two units.
         lone = len(operator.operands) == 2 and not call.units
         excluded = ["subnormal"] if dtype == torch.float64 and not lone else []
-        unit = 0 if usual else draw.unit(dtype, *excluded)
+        unit = 0 if usual or has_linear else draw.unit(dtype, *excluded)
         call.units[name] = unit
         if name == operator.base:  # about as large as what is added to it, where its dtype can be
             call.units[name] = call.result_units[0]
             unit = near(call.units[name] + draw.random.randint(-4, 4), dtype)
         draw.note(f"{name} {dtype}, {kind}, times 2**{unit}")
         written = operator.in_place and name == operator.base
-        single = name == "w" or written or 0 in leading
+        single = name not in ("x", "base", "grad_output", "grad_input") or written or 0 in leading
         repeated = [] if single else [d for d in range(len(leading)) if draw.chance(0.1)]
         values = times_two_to(draw.values(sizes[name], kind), unit)
         call.operands[name] = draw.laid_out(values, dtype, repeated)
-    call.operands = {name: call.operands[name] for name in operator.operands}
+    call.operands = {n: call.operands[n] for n in operator.operands if n in call.operands}
+    if operator.many:
+        call.index = draw_index(draw, leading[0], stack[0])
 
     if operator.in_place and 0 not in leading and draw.chance(0.3):
         overlap(draw, call)
@@ -375,8 +451,28 @@ def draw_call(draw: Draw) -> Call:
         call.arguments["scale"] = call.factor
     if operator.dense is kernel_grad:
         call.arguments |= {"block_size": b, "dtype": draw.choice(None, *DTYPES)}
+        if stack:
+            call.arguments["adapters"] = stack[0]
         draw.note(f"dtype {call.arguments['dtype']}")
+    if call.index is not None:
+        call.arguments["index"] = draw.index_laid_out(call.index)
+    if has_linear:
+        call.arguments.setdefault("bias", None)
     return call
+
+
+def draw_index(draw: Draw, rows: int, adapters: int) -> Tensor:
+    """Return the kernel of each row: at random, in runs, all the same, or none anywhere."""
+    index = torch.randint(-1, adapters, (rows,), generator=draw.generator)
+    kind = draw.choice("random", "random", "runs", "same", "none")
+    if kind == "runs":
+        index = index.sort(descending=draw.chance(0.5)).values
+    elif kind == "same":
+        index.fill_(draw.random.randrange(adapters))
+    elif kind == "none":
+        index.fill_(-1)
+    draw.note(f"index {kind}, {index.tolist()}")
+    return index
 
 
 def overlap(draw: Draw, call: Call) -> None:
@@ -398,8 +494,8 @@ def overlap(draw: Draw, call: Call) -> None:
 
 def prepare(draw: Draw, call: Call, w: Tensor) -> None:
     """Add the arguments that stand for w, which is prepared alone or in a stack."""
-    index = ()
-    if draw.chance(0.3):
+    index: tuple[int, ...] = ()
+    if not call.operator.many and draw.chance(0.3):
         stack = [draw.random.randint(1, 3) for _ in range(draw.choice(1, 2))]
         index = tuple(draw.random.randrange(size) for size in stack)
         draw.note(f"kernel {index} of a stack {stack}")
@@ -413,6 +509,9 @@ def prepare(draw: Draw, call: Call, w: Tensor) -> None:
         w_hat = c3a.prepare(w, dtype, transposed=transposed, scale=call.factor)[index]
         if draw.chance(0.2):
             w_hat = draw.memory(w_hat.shape, w_hat.dtype).copy_(w_hat)
+        if call.index is not None and draw.chance(0.3):  # what no row chooses may hold anything
+            unused = [k for k in range(len(w)) if k not in call.index]
+            w_hat[unused] = math.nan
         made.append(w_hat)
     draw.note(f"prepared in {made[0].dtype} for {dtype}")
     block_size = call.kernel_shape[-1]
@@ -445,7 +544,8 @@ def compare_all(draw: Draw, call: Call, results: tuple, leaves: dict) -> None:
     """Compare results, and the gradients of leaves, with the definition."""
     units = dict(enumerate(call.result_units))
     chosen = draw.random.randrange(len(results))  # the one whose gradients are compared
-    y, h_unit = results[chosen], draw.unit(results[chosen].dtype, "subnormal")
+    y = results[chosen]
+    h_unit = 0 if "weight" in call.operands else draw.unit(y.dtype, "subnormal")
     h = draw.laid_out(times_two_to(draw.values(y.shape), h_unit), y.dtype)
     units |= {name: h_unit + units[chosen] - call.units[name] for name in leaves}
 
@@ -462,7 +562,14 @@ def compare_all(draw: Draw, call: Call, results: tuple, leaves: dict) -> None:
         floor = floors.get(name, 1.0) * 2.0 ** (smallest - call.units[name])
         squares[name] = exact[name] ** 2 + floor**2
     exact_h = times_two_to(h, -h_unit)
-    exact = call.definition(exact, call.scale, leaves, chosen, exact_h)
+    given = exact
+    exact = call.definition(given, call.scale, leaves, chosen, exact_h)
+    one_term = {}  # of results that are sums of two, each rounded by itself
+    if "weight" in call.operands:
+        one_term = call.definition(given, 0.0, leaves, chosen, exact_h)
+        one_term = {name: t for name, t in one_term.items() if name in (0, "x") and t is not None}
+    elif call.sums_in_a_graph and results[0].requires_grad:
+        one_term = {0: given[call.operator.base]}
     squares = call.definition(squares, call.scale**2, leaves, chosen, exact_h**2)
 
     for k, y in enumerate(results):
@@ -474,21 +581,41 @@ def compare_all(draw: Draw, call: Call, results: tuple, leaves: dict) -> None:
         if got is not None:
             expect(got.dtype == dtypes[name], f"{what} has dtype {got.dtype}, not {dtypes[name]}")
             floor = 2.0 ** (smallest - units[name]) * max(1.0, factor)
-            terms = squares[name] + max(call.kernel_shape[:2]) * b * floor**2
-            if name == "w" or call.operator.dense in SUMS_OF_TOKENS:
+            terms = squares[name] + max(call.kernel_shape[-3:-1]) * b * floor**2
+            if name in ("w", "weight", "bias") or call.operator.dense in SUMS_OF_TOKENS:
                 terms = call.repeats * terms
-            compare(what, got, exact[name], terms.sqrt(), units[name], call)
+            extra = torch.zeros_like(terms)
+            if name in one_term:
+                one, other = one_term[name], exact[name] - one_term[name]
+                rounded_to = (got.dtype, call.operands.get("weight", got).dtype)
+                coarsest = max(TOLERANCE[dtype] for dtype in rounded_to)
+                extra = coarsest * (one.abs() + other.abs()).detach()
+            compare(what, got, exact[name], terms.sqrt(), units[name], call, extra)
 
 
 def sums_tolerance(call: Call) -> float:
-    if not call.rounds:
-        return TOLERANCE[call.sums]
-    # A block may be one number, with the whole error of both roundings.
-    return 2 * tolerance(torch.float32, "cpu", torch.bfloat16)
+    found = TOLERANCE[call.sums]
+    if call.rounds:
+        # A block may be one number, with the whole error of both roundings.
+        found = 2 * tolerance(torch.float32, "cpu", torch.bfloat16)
+    if "weight" in call.operands:  # the linear layer takes and gives what is rounded to its dtype
+        found = max(found, 2 * TOLERANCE[call.operands["weight"].dtype])
+    return found
 
 
-def compare(what: str, got: Tensor, exact: Tensor, terms: Tensor, unit: int, call: Call) -> None:
-    """Compare a result with the exact one, which like ``terms`` is relative to the unit."""
+def compare(
+    what: str,
+    got: Tensor,
+    exact: Tensor,
+    terms: Tensor,
+    unit: int,
+    call: Call,
+    extra: Tensor,
+) -> None:
+    """Compare a result with the exact one, which like ``terms`` is relative to the unit.
+
+    ``extra`` is what it may err by more: what has been rounded on the way.
+    """
     expect(got.shape == exact.shape, f"{what} has shape {got.shape}, not {exact.shape}")
     if got.numel() == 0:
         return
@@ -504,6 +631,7 @@ def compare(what: str, got: Tensor, exact: Tensor, terms: Tensor, unit: int, cal
 
     bound = TOLERANCE[dtype] * (norm(exact) + b**0.5 * least)
     bound = bound + sums_tolerance(call) * (norm(exact) + norm(terms))
+    bound = bound + norm(extra.reshape(-1, b))
     fits = finite & (exact.abs() + bound < most)
     overflows = ~finite | (exact.abs() - bound > most)
     expect(bool(got[fits].isfinite().all()), f"{what} is not finite where it should be")
@@ -516,22 +644,53 @@ def compare(what: str, got: Tensor, exact: Tensor, terms: Tensor, unit: int, cal
 def compare_bits(draw: Draw, call: Call, results: tuple) -> None:
     """Compare with other ways to the same bits: threads, a token alone, the kernel itself."""
     arguments, y = call.arguments, results[0]
-    if call.has_kernels:
+    if call.own_bits:
         torch.set_num_threads(3 - torch.get_num_threads())
         for again, result in zip(call.run(), results, strict=True):
             expect(same_bits(again, result), "another number of threads gives other bits")
         if call.operator.dense not in SUMS_OF_TOKENS and 0 not in y.shape:
             token = tuple(draw.random.randrange(size) for size in y.shape[:-1])
             names = {"base", "x", "grad_output"} & {*arguments}
-            (alone,) = call.run(**{name: arguments[name][token] for name in names})
-            expect(same_bits(alone, y[token]), "a token alone has other bits")
-    if call.operator.name == "block_circ_conv_prepared" and call.on_cpu and not call.transposed:
+            alone = {name: arguments[name][token] for name in names}
+            if call.index is not None:
+                alone = {name: a.unsqueeze(0) for name, a in alone.items()}
+                alone["index"] = arguments["index"][token[:1]].unsqueeze(0)
+            (alone,) = call.run(**alone)
+            expect(same_bits(alone.view(-1), y[token]), "a token alone has other bits")
+    if call.index is not None and call.operator.dense is not kernel_grad:
+        compare_rows(call, y)
+    if (
+        call.operator.name in ("block_circ_conv_prepared", "block_circ_conv_many_prepared")
+        and call.on_cpu
+        and not call.transposed
+    ):
         x, w = call.operands.values()
         sums = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
         as_itself = call.rounds == (call.has_kernels and rounds_spectra("cpu", x.dtype))
         if sums == arguments["w_hat"].dtype and (as_itself or sums == torch.float64):
-            direct = OPS.block_circ_conv(x, w, call.factor)
+            if call.index is None:
+                direct = OPS.block_circ_conv(x, w, call.factor)
+            else:
+                direct = OPS.block_circ_conv_many(x, w, call.index, call.factor)
             expect(same_bits(direct, y), "the kernel itself gives other bits")
+
+
+def compare_rows(call: Call, y: Tensor) -> None:
+    """Compare rows with what their kernels alone give, and those without one with zeros."""
+    expect(not y[call.index < 0].any(), "a row without a kernel is not zeros")
+    if not call.has_kernels:
+        return
+    one = getattr(OPS, call.operator.name.replace("_many", ""))
+    per_kernel = ("w", "w_hat", "w_hat_transposed")
+    for row, k in enumerate(call.index.tolist()):
+        if k < 0:
+            continue
+        given = {
+            name: t[k if name in per_kernel else row] if isinstance(t, Tensor) else t
+            for name, t in call.arguments.items()
+            if name != "index"
+        }
+        expect(same_bits(one(**given), y[row]), "a row has other bits than its kernel alone gives")
 
 
 def same_bits(got: Tensor, expected: Tensor) -> bool:
@@ -591,6 +750,9 @@ def operators(draw: Draw) -> str:
             results = call.run()
         watched.check(written=base)
         expect(version is None or base._version > version, "the write was not counted")
+        if call.index is not None:
+            none, before = call.index < 0, call.operands[operator.base]
+            expect(same_bits(base[none], before[none]), "a row without a kernel was written")
     else:
         with use():
             results = call.run()
@@ -611,7 +773,7 @@ def refusals(draw: Draw) -> str:
     with make():
         call = draw_call(draw)
         name, arguments = call.operator.name, call.arguments
-        if "w" in arguments and draw.chance(0.2):
+        if "w" in arguments and not call.operator.many and draw.chance(0.2):
             name, arguments = "prepare", {"w": arguments["w"], "dtype": None}
         changes = draw.choice(*violations(call, name, arguments, mode == "grad mode"))
     draw.note(f"{mode}, {name} with {changes}")
@@ -630,14 +792,14 @@ def refusals(draw: Draw) -> str:
 
 def violations(call: Call, name: str, arguments: dict, grad_mode: bool) -> list[dict]:
     """Return changes of arguments, each of which breaks a rule."""
-    (m, n, b), found = call.kernel_shape, []
+    (m, n, b), found = call.kernel_shape[-3:], []
     names = ("base", "grad_input", "x", "grad_output")
     tokens = {key: arguments[key] for key in names if key in arguments}
     kernels = {key: arguments[key] for key in ("w", "w_hat") if key in arguments}
     in_place = call.operator.in_place and name != "prepare"
     for key, t in tokens.items():
         found.append({key: t.new_ones(())})
-        if b > 1 or name != "block_circ_conv_kernel_grad":
+        if b > 1 or call.operator.dense is not kernel_grad:
             found += [{key: t.new_ones(*t.shape[:-1], t.shape[-1] + more)} for more in (-1, 1)]
         if len(tokens) > 1:
             found.append({key: t.new_ones(2, *t.shape)})
@@ -665,7 +827,8 @@ def violations(call: Call, name: str, arguments: dict, grad_mode: bool) -> list[
     if "w_hat" in kernels:
         w_hat = kernels["w_hat"]
         found += [{"w_hat": w_hat[..., 1:]}, {"w_hat": w_hat.bfloat16()}]
-        if call.on_cpu and tokens["x"].numel():
+        chosen = call.index is None or bool((call.index >= 0).any())
+        if call.on_cpu and tokens["x"].numel() and chosen:
             found.append({"w_hat": torch.zeros_like(w_hat)})
         if m != n:
             found.append({"w_hat_transposed": w_hat})
@@ -674,7 +837,30 @@ def violations(call: Call, name: str, arguments: dict, grad_mode: bool) -> list[
         if grad_mode:
             x = tokens["x"].detach().clone().requires_grad_()
             found.append({"x": x, "w_hat_transposed": None})
+    if call.index is not None:
+        found += violations_of_index(call, arguments["index"])
+    if "adapters" in arguments:
+        found += [{"adapters": 0}, {"adapters": -1}]
+    if "weight" in arguments:
+        weight, bias = arguments["weight"], arguments["bias"]
+        found += [{"weight": None}, {"weight": weight.to("meta")}, {"weight": weight.to_sparse()}]
+        found += [{"weight": torch.cat([weight, weight], d)} for d in (0, 1)]
+        found.append({"weight": weight.int()})
+        if bias is not None:
+            other = torch.float32 if bias.dtype != torch.float32 else torch.float64
+            found += [{"bias": bias.to(other)}, {"bias": bias[1:]}, {"bias": bias.unsqueeze(0)}]
     return found
+
+
+def violations_of_index(call: Call, index: Tensor) -> list[dict]:
+    found: list = [None, index.int(), index.unsqueeze(0), index.to_sparse(), index.to("meta")]
+    found.append(torch.cat([index, index.new_zeros(1)]))
+    if len(index) and index.is_cpu:
+        for entry in (-2, call.kernel_shape[0]):
+            wrong = index.clone()
+            wrong[-1] = entry
+            found.append(wrong)
+    return [{"index": wrong} for wrong in found]
 
 
 KINDS = {operators: 9, refusals: 1}  # and how often each is drawn

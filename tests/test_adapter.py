@@ -315,6 +315,24 @@ def test_block_sizes_of_layers_whose_names_end_in_those_of_others(tmp_path):
             assert theirs.get_submodule(name)["default"].shape == tensor.shape
 
 
+def test_where_releases_of_peft_read_a_pattern_in_two_ways_the_kernels_decide(tmp_path):
+    def model():
+        torch.manual_seed(3)
+        return nn.ModuleDict({"a": nn.Linear(8, 8), "sub": nn.ModuleDict({"a": nn.Linear(8, 8)})})
+
+    config = peft.C3AConfig(
+        target_modules=["a"], block_size=2, block_size_pattern={"sub.a": 8, "a": 4}
+    )
+    theirs = peft.PeftModel(model(), config)
+    theirs.save_pretrained(tmp_path)
+    ours = c3a.load_adapter(model(), tmp_path)
+    # as PEFT 0.21 reads it; newer releases see a whole name as an end, and read 8 for sub.a
+    assert {layer.name: layer.block_size for layer in c3a.summary(ours).layers} == {
+        "a": 4,
+        "sub.a": 4,
+    }
+
+
 @pytest.mark.parametrize("kind", ["Sequence", "Token"])
 def test_adapters_for_classifiers_of_transformers_come_over_from_peft(kind, tmp_path):
     import transformers
@@ -580,7 +598,7 @@ HOSTILE = {
     ),
     "a kernel without numbers": (
         lambda f, t: edit_tensors(f, t, lambda t: t.update({QUERY: torch.zeros(2, 0, 6)})),
-        rf"{QUERY}: expected a shape \(m, n, b\), got \(2, 0, 6\)",
+        rf"{QUERY}: expected a shape \(m, n, b\), or .*, got \(2, 0, 6\)",
     ),
     "a head of whole numbers": (
         lambda f, t: edit_tensors(f, t, lambda t: t.update({BIAS: t[BIAS].int()})),

@@ -19,11 +19,11 @@ import c3a_backend  # noqa: E402
 import find_torch  # noqa: E402
 
 
-def fake_torch(folder: Path, version: str, cuda: bool = False) -> Path:
+def fake_torch(folder: Path, version: str, cuda: str | None = None) -> Path:
     """A torch package with no more than the build's configuration looks at."""
     major, minor = version.split(".")[:2]
     files = {
-        "version.py": f"__version__ = '{version}'\n",
+        "version.py": f"__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\n",
         "include/torch/csrc/stable/library.h": "",
     }
     if (int(major), int(minor)) >= (2, 10):
@@ -167,7 +167,7 @@ def test_warnings_are_errors_only_where_asked_for(configure, tmp_path, on):
 
 
 def test_a_cuda_torch_without_nvcc_is_told_that_no_cuda_library_is_built(configure, tmp_path):
-    torch = fake_torch(tmp_path / "cuda", "2.15.0", cuda=True)
+    torch = fake_torch(tmp_path / "cuda", "2.15.0", cuda="13.0")
     run, said = configure("-DC3A_CUDA=AUTO", torch=torch, CUDACXX="/bin/false")
     assert run.returncode == 0, said
     assert "CMake Warning" in said
@@ -175,6 +175,23 @@ def test_a_cuda_torch_without_nvcc_is_told_that_no_cuda_library_is_built(configu
     run, said = configure("-DC3A_CUDA=ON", torch=torch, CUDACXX="/bin/false")
     assert run.returncode != 0
     assert "C3A_CUDA=ON needs nvcc 13, or 12.8 or newer, and cufft.h; found nvcc: none" in said
+
+
+@pytest.mark.parametrize(
+    ("cuda", "warns"), [("12.8", True), ("13.0", False), ("13.1", False), (None, False)]
+)
+def test_a_torch_of_another_cuda_major_than_nvccs_is_named(configure, tmp_path, cuda, warns):
+    nvcc = tmp_path / "nvcc"  # no more of one than its version: what follows fails
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    torch = fake_torch(tmp_path / "cuda", "2.10.0", cuda=cuda)
+    options = (f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DC3A_CUFFT_INCLUDE={tmp_path}")
+    _, said = configure("-DC3A_CUDA=ON", *options, torch=torch)
+    assert "CUDA library: ON" in said
+    assert (
+        "this torch is built for CUDA 12.8 and will not load the CUDA library of nvcc 13.0" in said
+    ) == warns
+    assert ("several times slower" in said) == warns
 
 
 @pytest.fixture

@@ -122,10 +122,16 @@ def test_checkpoints_are_converted_and_what_is_left_out_is_said(tmp_path, capsys
     assert lines[2].split() == ["0", "12", "24", str(model[0].block_size), f"{error:.4f}"]
 
 
+@pytest.mark.parametrize("command", ["convert a b", "finetune"])
+def test_a_block_size_is_a_number_or_auto(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "--block-size", "x"])
+    assert "argument --block-size: expected a number or auto, got 'x'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--block-size", "x"], "expected --block-size to be a number or auto, got 'x'"),
         (["--block-size", "5"], "block_size 5 does not divide in_features = 12"),
         (["--block-size", "6", "--fan-in-fan-out"], "--fan-in-fan-out is for checkpoints"),
         (["--block-size", "6", "--target-modules", "0"], "--target-modules is for checkpoints"),

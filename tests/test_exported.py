@@ -82,3 +82,21 @@ def test_without_it_torch_says_what_the_documentation_has(index, words, folder, 
     assert done.returncode == 1
     assert words in done.stderr
     assert words in page
+
+
+def test_a_linear_layer_and_the_sum_in_one_come_apart_into_functional_operators():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.w = nn.Linear(24, 32).requires_grad_(False), nn.Parameter(W)
+
+        def forward(self, x):
+            return c3a.block_circ_conv_linear(x, self.base.weight, self.base.bias, self.w, 0.5)
+
+    W, x = torch.randn(4, 3, 8), torch.randn(5, 24)
+    layer = Layer()
+    program = torch.export.export(layer, (x,)).run_decompositions()
+    called = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    assert torch.ops.c3a.block_circ_conv_add.default in called
+    assert not any("functionalize" in str(target) for target in called)
+    torch.testing.assert_close(program.module()(x), layer(x))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import c3a
 from c3a import _library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,17 @@ def test_the_copy_imports_torch_and_the_standard_library_only(hub, tmp_path):
     allowed = {"torch", *sys.stdlib_module_names, *(f".{name}" for name in files)}
     for source in files.values():
         assert Imports(source).names <= allowed
+
+
+def test_the_copy_offers_every_operator_that_the_package_does(hub):
+    offered = re.search(r"__all__ = (\[.*\])", hub.init())[1]
+    functions = {name for name, value in vars(c3a.ops).items() if hasattr(value, "__wrapped__")}
+    assert {"prepare", "block_circ_conv_linear", "block_circ_conv_many"} <= functions
+    assert functions <= set(ast.literal_eval(offered)) & set(c3a.__all__)
+    defined = set(re.findall(r"m\.def\(\s*\"(\w+)\(", (ROOT / "cpp/library.cpp").read_text()))
+    ruled = {operator.op.name().partition("::")[2] for operator in c3a.operators.OPERATORS}
+    assert defined == ruled
+    assert "operators" in hub.modules(hub.init())
 
 
 def test_the_copy_has_a_namespace_of_its_own_in_one_place(hub, tmp_path):
@@ -112,7 +124,12 @@ def results(of):
         layer.base_layer.bias.fill_(0.25)
         layer.c3a_kernel.copy_(w)
     prepared = of.block_circ_conv_prepared(x, of.prepare(w), 8)
-    return [y, *torch.autograd.grad(y.square().sum(), (a, b)), layer(x), prepared]
+    onto = of.block_circ_conv_linear(a, layer.base_layer.weight, layer.base_layer.bias, b)
+    stack, index = torch.stack([w, -w]), torch.tensor([1, 0, -1, -1, 1])
+    many = of.block_circ_conv_many(a, stack, index)
+    by_row = of.block_circ_conv_many_prepared(x, of.prepare(stack), index, 8)
+    grads = [torch.autograd.grad(t.square().sum(), a)[0] for t in (y, onto, many)]
+    return [y, *grads, layer(x), prepared, onto, many, by_row, torch.autograd.grad(y.sum(), b)[0]]
 for ours, theirs in zip(results(c3a), results(copy), strict=True):
     assert torch.equal(ours, theirs)
 assert torch.equal(copy.circulant(w), c3a.circulant(w))

@@ -207,6 +207,25 @@ def test_the_sum_in_place_keeps_the_dtype_of_its_base(dtypes, device):
         assert error < tolerance(torch.bfloat16, device, x.dtype, base.dtype)
 
 
+@pytest.mark.parametrize("b", [8, 17])  # kernels of our own on the CPU, and ATen's transforms
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_without_a_kernel_keeps_every_bit(dtype, b, device):
+    w = torch.randn(2, 3, 2, b, dtype=dtype, device=device)
+    index = torch.tensor([-1, 1, -1], device=device)
+    x = torch.randn(3, 5, 2 * b, dtype=dtype, device=device)
+    smallest = torch.finfo(dtype).smallest_normal / 4
+    row = torch.tensor([0.0, -0.0, smallest, -smallest, torch.inf, torch.nan, 1.0, -1.0])
+    before = row.to(device, dtype).repeat(15 * 3 * b)[: 15 * 3 * b].view(3, 5, 3 * b)
+    w_hat = c3a.prepare(w)
+    onto, onto_prepared = before.clone(), before.clone()
+    OPS.block_circ_conv_many_add_(onto, x, w, index)
+    OPS.block_circ_conv_many_prepared_add_(onto_prepared, x, w_hat, index, b)
+    none, bits = index < 0, {8: torch.int64, 4: torch.int32, 2: torch.int16}[before.element_size()]
+    for got in (onto, onto_prepared):
+        assert torch.equal(got[none].view(bits), before[none].view(bits))
+        assert not torch.equal(got[~none], before[~none])
+
+
 def test_layout_and_memory_of_the_operands_do_not_matter(device):
     x, w, g, index = stacked((6, 4), 2, 3, 8, 3, device=device)
     y = OPS.block_circ_conv_many(x, w, index)

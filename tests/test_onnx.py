@@ -87,6 +87,48 @@ def test_the_sum_is_translated(runtime, tmp_path):
     assert relative_error(got, y.double()) < 1e-6
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_linear_layer_and_the_sum_are_translated_as_one_operator(bias, runtime, tmp_path):
+    layer = nn.Linear(24, 32, bias)
+
+    def function(x, w):
+        return c3a.block_circ_conv_linear(x, layer.weight, layer.bias, w, 0.3)
+
+    module = Product(function, 4, 3, 8)
+    module.layer = layer
+    path = exported(module, (torch.randn(5, 2, 24),), tmp_path / "model.onnx")
+    x = torch.randn(3, 7, 24)
+    assert relative_error(run(runtime, path, x), module(x).detach().double()) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(5, *kernel) for kernel in KERNELS], ids=str)
+@pytest.mark.parametrize("leading", [(4,), (3, 2)], ids=str)
+def test_many_kernels_are_translated_row_by_row(shape, leading, runtime, tmp_path):
+    def function(x, index, w):
+        return c3a.block_circ_conv_many(x, w, index, 0.3)
+
+    module, features = Product(function, *shape), shape[2] * shape[3]
+    example = torch.randn(*leading, features), torch.zeros(leading[0], dtype=torch.int64)
+    sizes = ({i: f"d{i}" for i in range(len(leading))}, {0: "d0"})
+    path = exported(module, example, tmp_path / "model.onnx", sizes)
+    for rows in (1, 6, 0):
+        x = torch.randn(rows, *(7 for _ in leading[1:]), features)
+        index = torch.tensor([3, -1, 0, 3, 4, 2][:rows], dtype=torch.int64)
+        x[index < 0] = torch.inf
+        got, y = run(runtime, path, x, index), module(x, index).detach()
+        assert got.shape == y.shape
+        if rows:
+            assert relative_error(got, y.double()) < 1e-6
+            assert not got[index < 0].any()
+
+
+def test_operators_that_are_not_translated_are_refused_by_name(runtime, tmp_path):
+    w_hat = c3a.prepare(torch.randn(4, 3, 8))
+    module = Product(lambda x, _: c3a.block_circ_conv_prepared(x, w_hat, 8), 1)
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="block_circ_conv_prepared"):
+        exported(module, (torch.randn(5, 24),), tmp_path / "model.onnx")
+
+
 def test_a_layer_that_has_prepared_its_kernel_is_exported_with_batch_and_length(runtime, tmp_path):
     layer = c3a.C3ALinear(nn.Linear(60, 35), 8, pad=True, init="gaussian").eval()
     with torch.no_grad():

@@ -7,13 +7,16 @@ import contextlib
 import copy
 import doctest
 import io
+import pickle
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from peft.tuners.c3a import layer as their_layer
 from peft.tuners.c3a import model as their_model
@@ -294,6 +297,338 @@ def test_targets_by_expression_pattern_and_layer(how):
     assert_near(model(x), of_net(model, x, "default"))
 
 
+def test_which_adapter_is_active_is_told_by_the_model_and_its_layers(how):
+    model = made(("default", "other"))
+    assert model.active_adapters == ["default"]
+    model.set_adapter("other")
+    assert model.active_adapter == "other"
+    model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default", "other"]
+    assert all(layer.active_adapters == ["default", "other"] for layer in layers(model))
+
+
+def test_adapters_of_different_layers_are_active_together_and_merged_together(how):
+    model, x = made(target_modules=["down"]), torch.randn(5, 24)
+    model.add_adapter("other", config(2, target_modules=["up"]))
+    model.base_model.set_adapter(["default", "other"])
+    expected = of_net_by_layer(model, x, down=("default",), up=("other",))
+    assert_near(model(x), expected)
+    model.merge_adapter()
+    assert_near(model(x), expected)
+    model.unmerge_adapter()
+    assert_near(model(x), expected)
+    model.set_adapter("other")
+    assert_near(model(x), of_net_by_layer(model, x, up=("other",)))
+    assert_near(model.merge_and_unload(adapter_names=["default", "other"])(x), expected)
+
+
+def of_net_by_layer(model, x, down=(), up=()):
+    net = model.base_model.model
+    hidden = [getattr(net, name) for name in ("down", "up")]
+    for layer, names in zip(hidden, (down, up), strict=True):
+        adapted = isinstance(layer, their_layer.C3ALinear)
+        x = (dense(layer, x, *names) if adapted else layer(x)).relu()
+    return net.head(x)
+
+
+def test_gradients_are_wanted_for_the_active_adapter_alone(how):
+    model = made(("default", "other"), modules_to_save=["head"])
+
+    def trained():
+        return {
+            name.split(".")[-1 - ("head" in name)]
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+
+    assert trained() == {"default"}
+    model.set_adapter("other")
+    assert trained() == {"other"}
+    model.set_adapter("default", inference_mode=True)
+    assert trained() == set()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_loaded_adapter_is_trained_if_asked_for(how, trainable, tmp_path):
+    made(modules_to_save=["head"]).save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(Net(), tmp_path, is_trainable=trainable)
+    assert any(p.requires_grad for p in model.parameters()) == trainable
+    model.load_adapter(tmp_path, "again", is_trainable=trainable)
+    model.set_adapter("again", inference_mode=not trainable)
+    assert any(p.requires_grad for p in model.parameters()) == trainable
+
+
+def test_deleting_the_last_adapter_leaves_the_base(how):
+    net, x = Net(), torch.randn(5, 24)
+    expected = net(x)
+    model = peft.get_peft_model(net, config())
+    model.add_adapter("other", config(2))
+    model.delete_adapter("other")
+    assert model.active_adapters == ["default"]
+    assert {name for layer in layers(model) for name in layer.block_size} == {"default"}
+    with pytest.raises(ValueError, match="Adapter absent does not exist"):
+        model.delete_adapter("absent")
+    model.delete_adapter("default")
+    assert model.active_adapters == []
+    assert torch.equal(model.base_model(x), expected)
+
+
+def test_a_merged_adapter_is_not_deleted(how):
+    model, x = made(("default", "other")), torch.randn(5, 24)
+    model.merge_adapter()
+    expected = model(x)
+    with pytest.raises(ValueError, match="merged"):
+        model.delete_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(model(x), expected)
+
+
+def test_disabling_within_disabling_and_of_a_disabled_model_leaves_it_as_it_was(how):
+    model, x = made(), torch.randn(5, 24)
+    adapted = model(x)
+    with model.disable_adapter():
+        base = model(x)
+        with model.disable_adapter():
+            pass
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), adapted)
+    model.base_model.disable_adapter_layers()
+    with model.disable_adapter():
+        pass
+    assert torch.equal(model(x), base)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(model(x), adapted)
+
+
+def test_a_merged_adapter_is_disabled_too(how):
+    net, x = Net(), torch.randn(5, 24)
+    base = net(x)
+    model = peft.get_peft_model(net, config())
+    adapted = model(x)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert_near(model(x), base)
+    assert_near(model(x), adapted)
+
+
+@pytest.mark.parametrize("names", [["default"], ["other"], ["other", "default"]], ids=str)
+def test_named_adapters_are_merged_whichever_is_active(how, names):
+    model, x = made(("default", "other")), torch.randn(5, 24)
+    expected = of_net(model, x, *names)
+    assert_near(copy.deepcopy(model).merge_and_unload(adapter_names=names)(x), expected)
+    for name in names:  # one after the other is the same
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.merge_adapter(adapter_names=[name])
+    assert_near(model(x), expected)
+    before = [layer.get_base_layer().weight.clone() for layer in layers(model)]
+    model.unmerge_adapter()
+    for layer, merged in zip(layers(model), before, strict=True):
+        delta = sum(layer.get_delta_weight(name) for name in names)
+        assert_near(merged - layer.get_base_layer().weight, delta)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_merging_in_half_precision(how, dtype):
+    model, x = peft.get_peft_model(Net().to(dtype), config()), torch.randn(5, 24, dtype=dtype)
+    expected = model(x)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    assert relative_error(merged(x).detach(), expected.detach()) < 4e-2
+
+
+def test_merged_weights_are_saved_and_pickled_as_those_of_a_plain_model(how, tmp_path):
+    model, x = made(), torch.randn(5, 24)
+    merged = model.merge_and_unload(safe_merge=True)
+    safetensors.torch.save_file(merged.state_dict(), tmp_path / "model.safetensors")
+    plain = Net()
+    plain.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(plain(x), merged(x))
+    assert torch.equal(pickle.loads(pickle.dumps(merged))(x), merged(x))
+
+
+def test_merging_in_training_gives_the_same_each_time(how):
+    model = made().train()
+    if how == "accelerated":
+        c3a.peft.accelerate(model, dropout=0.5)
+    merged = [copy.deepcopy(model).merge_and_unload().state_dict() for _ in range(2)]
+    assert all(torch.equal(merged[0][key], merged[1][key]) for key in merged[0])
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_chosen_adapters_are_saved_each_in_its_folder(how, safe, tmp_path):
+    names = ("default", "default2", "efaul")  # parts of each other
+    model, x = made(names, modules_to_save=["head"]), torch.randn(5, 24)
+    model.save_pretrained(tmp_path / "all", safe_serialization=safe)
+    model.save_pretrained(tmp_path / "one", safe_serialization=safe, selected_adapters=["efaul"])
+    file = "adapter_model.safetensors" if safe else "adapter_model.bin"
+    for path in ("all", "all/default2", "all/efaul", "one/efaul"):
+        assert (tmp_path / path / file).exists()
+    assert not (tmp_path / "one" / file).exists()
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model.unload()), tmp_path / "all")
+    for name in names[1:]:
+        loaded.load_adapter(tmp_path / "all" / name, name)
+    for name in names:
+        for key, value in peft.get_peft_model_state_dict(model, adapter_name=name).items():
+            assert torch.equal(
+                peft.get_peft_model_state_dict(loaded, adapter_name=name)[key], value
+            )
+    assert loaded(x).shape == (5, 4)
+
+
+def test_adapters_are_injected_without_a_peft_model(how):
+    net, x = Net(), torch.randn(5, 24)
+    model = peft.inject_adapter_in_model(config(), copy.deepcopy(net))
+    assert len(layers(model)) == 2
+    twin = peft.inject_adapter_in_model(config(), copy.deepcopy(net), low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in twin.named_parameters() if "c3a" in n} == {"meta"}
+    state = peft.get_peft_model_state_dict(model)
+    result = peft.set_peft_model_state_dict(twin, state, low_cpu_mem_usage=True)
+    assert not result.unexpected_keys
+    assert torch.equal(twin(x), model(x))
+
+
+def test_loading_with_little_memory_leaves_nothing_on_the_meta_device(how, tmp_path):
+    made().save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=True)
+    model.load_adapter(tmp_path, adapter_name="other", low_cpu_mem_usage=True)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert model(torch.randn(5, 24)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_adapters_are_float32_or_of_the_bases_dtype_as_asked(how, dtype, tmp_path):
+    for autocast, expected in ((True, torch.float32), (False, dtype)):
+        common = {"autocast_adapter_dtype": autocast}
+        model = peft.get_peft_model(Net().to(dtype), config(), **common)
+        model.add_adapter("added", config(2), **common)
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "loaded", **common)
+        dtypes = {k.dtype for layer in layers(model) for k in layer.c3a_kernel.values()}
+        assert dtypes == {expected}
+        y = model(torch.randn(5, 24, dtype=dtype))
+        assert y.dtype == dtype
+        y.float().sum().backward()
+        kernel = layers(model)[0].c3a_kernel["default"]
+        assert kernel.grad.dtype == expected
+
+
+def test_modules_to_save_go_with_their_adapter(how):
+    net, x = Net(), torch.randn(5, 24)
+    expected = net(x)
+    model = peft.get_peft_model(net, config(init_weights=True, modules_to_save=["head"]))
+    model.add_adapter("other", config(init_weights=True))
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.mul_(2)
+    assert not torch.allclose(model(x), expected)
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    model.set_adapter("other")
+    assert_near(model(x), expected)
+    model.set_adapter("default")
+    merged = model.merge_and_unload()
+    assert not torch.allclose(merged(x), expected)
+    assert type(merged.head) is nn.Linear
+
+
+def test_two_adapters_may_not_save_the_same_module(how):
+    model = made(("default", "other"), modules_to_save=["head"])
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+        model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.skipif(not hasattr(peft, "get_base_model_state_dict"), reason="an older PEFT")
+def test_the_base_models_state_is_read_and_written_through_the_adapters(how):
+    net = Net()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    model = peft.get_peft_model(net, config(modules_to_save=["head"]))
+    other = Net().state_dict()
+    for expected in (before, other):
+        result = peft.set_base_model_state_dict(model, expected, strict=False)
+        assert not result.missing_keys + result.unexpected_keys
+        got = peft.get_base_model_state_dict(model)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[key], expected[key]) for key in got)
+
+
+def test_layers_are_chosen_by_number(how):
+    net = nn.ModuleDict({"layers": nn.ModuleList(Net() for _ in range(3))})
+    chosen = config(target_modules=["down"], layers_to_transform=[0, 2], layers_pattern="layers")
+    model = peft.get_peft_model(net, chosen)
+    found = [name for name, m in model.named_modules() if isinstance(m, their_layer.C3ALinear)]
+    assert [name.split(".")[-2] for name in found] == ["0", "2"]
+
+
+def test_a_block_size_that_divides_no_side_is_said(how):
+    for target, which in (("down", "output"), ("head", "output"), ("up", "input")):
+        with pytest.raises(ValueError, match=f"should be a factor of the {which} size"):
+            peft.get_peft_model(
+                Net(), config(8 if which == "output" else 24, target_modules=[target])
+            )
+
+
+@pytest.mark.parametrize("bias", ["all", "c3a_only"])
+def test_biases_are_trained_as_asked(how, bias):
+    model, x = made(bias=bias), torch.randn(5, 24)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    biases = {
+        "down.base_layer.bias",
+        "up.base_layer.bias",
+        *(["head.bias"] if bias == "all" else []),
+    }
+    assert {n.removeprefix("base_model.model.") for n in changed if "c3a" not in n} == biases
+    assert_near(model(x), of_net(model, x, "default"))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_language_model_trains_with_checkpoints_and_generates(how, reentrant, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
+    net = LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0))
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(copy.deepcopy(net), config(8, **targets)).train()
+    ids = torch.randint(1, 50, (2, 7))
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    straight = gradients()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    again = gradients()
+    assert len(straight) == 6
+    for name in straight:
+        assert_near(again[name], straight[name])
+    model.gradient_checkpointing_disable()
+    model.eval().save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(net, tmp_path)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(
+        loaded.generate(input_ids=ids, **options), model.generate(input_ids=ids, **options)
+    )
+    assert_near(loaded(inputs_embeds=loaded.get_input_embeddings()(ids)).logits, model(ids).logits)
+    assert loaded.to(torch.bfloat16).generate(ids, **options).shape == (2, 11)
+
+
+@pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="an older PEFT")
+def test_peft_converts_an_adapter_to_lora(how):
+    model, x = made(target_modules=["down"]), torch.randn(5, 24)
+    expected = model(x)
+    lora_config, state = peft.convert_to_lora(model, rank=12)
+    twin = peft.get_peft_model(model.unload(), lora_config)
+    assert not peft.set_peft_model_state_dict(twin, state).unexpected_keys
+    assert_near(twin(x), expected, 1e-3)
+
+
 # What PEFT gets wrong, accelerated
 
 
@@ -350,6 +685,17 @@ def test_no_copy_of_the_input_is_kept(accelerated, dtype):
     with saved_for_backward(layer) as saved:
         layer(x)
     assert saved.total == x.nbytes
+
+
+def test_a_deleted_adapter_leaves_no_prepared_kernel_behind(accelerated):
+    model, x = made(("default", "other")).eval(), torch.randn(2, 24)
+    with torch.no_grad():
+        model(x, adapter_names=["default", "other"])
+    kept = weakref.ref(layers(model)[0]._c3a_prepared["other"])
+    assert kept() is not None
+    model.delete_adapter("other")
+    assert kept() is None
+    assert_near(model(x), of_net(model, x, "default"))
 
 
 def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(accelerated):

@@ -44,6 +44,7 @@ ATTRIBUTES = [
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._VariableFunctions._unpack_dual",
     "torch.autograd.Function._compiled_autograd_key",
+    "torch._grouped_mm",
     "torch.Tensor._base",
     "torch.Tensor._is_view",
     "torch.Tensor._is_zerotensor",

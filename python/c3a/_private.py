@@ -52,6 +52,7 @@ __all__ = [
     "below_version_counting",
     "forward_mode_enabled",
     "frozen_linear",
+    "grouped_mm",
     "has_tangent",
     "in_transform",
     "is_batch_of_gradients",
@@ -60,6 +61,7 @@ __all__ = [
     "is_sole_owner",
     "kernels_only",
     "no_torch_function",
+    "parameters",
     "privateuse1_device_type",
     "recorded_at_one_level",
     "returns_views",
@@ -79,6 +81,8 @@ autocast_disabled = _DisableAutocast
 kernels_only = _AutoDispatchBelowADInplaceOrView
 forward_mode_enabled = _set_fwd_grad_enabled
 privateuse1_device_type = _get_privateuse1_backend_name
+# What torch.nn.functional.grouped_mm calls, and a tensor class is told of.
+grouped_mm = torch._grouped_mm
 # Of a tensor class that the dispatcher asks alone.
 no_torch_function: Callable[..., Any] = _disabled_torch_function_impl
 
@@ -203,6 +207,11 @@ def frozen_linear(module: torch.nn.Module) -> tuple[Tensor, Tensor | None] | Non
     if (linear.__call__, linear.forward, torch.nn.functional.linear) != _OF_TORCH:
         return None
     return weight, bias
+
+
+def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """Return a module's own parameters, to change: also where its class has such a name itself."""
+    return module._parameters
 
 
 def tensor_without_memory(cls: type[_T], like: Tensor, device: torch.device) -> _T:

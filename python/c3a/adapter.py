@@ -1,8 +1,10 @@
 """Saving a patched model's adapter and loading one: what a model and an adapter's folder mean.
 
 The folder is in the PEFT library's format: keys ``base_model.model.<layer>.c3a_kernel``, and the
-``modules_to_save`` beside them. That format has no scale: it is ``1 / in_features``. A layer's own
-scale is multiplied into the kernel that is stored.
+``modules_to_save`` beside them. What PEFT does not know are experts: their kernels, of shape
+(experts, m, n, b), have keys ``base_model.model.<parameter>.c3a_kernel``, and the configuration has
+``target_parameters``, as that of its LoRA. That format has no scale: it is ``1 / in_features``. A
+layer's own scale is multiplied into the kernel that is stored.
 """
 
 import dataclasses
@@ -31,6 +33,7 @@ from .adapter_files import (
     said_by,
     write,
 )
+from .experts import ADAPTERS, C3AExperts, adapted_experts, stacks
 from .linear import C3ALinear
 from .names import ends, first_keys, fully_matched, layer_numbers, matches, shown
 from .patch import (
@@ -38,6 +41,7 @@ from .patch import (
     Model,
     PatchPlan,
     adapted_layers,
+    adapters,
     apply_patch,
     as_trained,
     configured_task,
@@ -97,7 +101,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, task_type: str | None 
     warn_of_what_peft_cannot_load(
         "c3a.save_adapter: c3a.load_adapter can load this adapter into such a model, the PEFT "
         "library cannot",
-        adapted_layers(model),
+        adapters(model),
     )
     if distributed.is_sharded(model):
         distributed.by_one_process(lambda: write(folder, tensors, config, facts))
@@ -118,7 +122,8 @@ def adapter_of(
     Raises ValueError as ``save_adapter``.
     """
     layers = adapted_layers(model)
-    if not layers:
+    adapted = adapters(model)
+    if not adapted:
         raise ValueError("the model has no C3ALinear layer; patch it first")
     if name := peft_layer(model):
         raise ValueError(
@@ -136,8 +141,8 @@ def adapter_of(
     given = {key: distributed.whole(t) for key, t in (state or {}).items() if _has_values(t)}
     # Copies: safetensors takes no memory that two tensors share.
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        kernel = given.get(f"{name}.c3a_kernel")
+    for name, layer in adapted.items():
+        kernel = given.get(_kernel_name(name, layer))
         if kernel is None:
             kernel = kernel_of(name, layer)
         tensors[kernel_key(name)] = _to_stored(name, layer, kernel).cpu().contiguous().clone()
@@ -149,7 +154,15 @@ def adapter_of(
                 value = distributed.whole(given.get(key, tensor)).detach()
                 tensors[f"{PREFIX}{key}"] = value.cpu().contiguous().clone()
     task = configured_task(model) if task_type is None else task_type
-    return tensors, _config_of(model, layers, saved, task), _facts_of(layers)
+    return tensors, _config_of(model, adapted, saved, task), _facts_of(layers)
+
+
+def _kernel_name(name: str, layer: C3ALinear | C3AExperts) -> str:
+    """Return the name of a kernel among a model's parameters."""
+    if isinstance(layer, C3AExperts):
+        owner, _, key = name.rpartition(".")
+        name = f"{owner}.{ADAPTERS}.{key}".strip(".")
+    return f"{name}.c3a_kernel"
 
 
 def _facts_of(layers: Mapping[str, C3ALinear]) -> dict[str, LayerFacts]:
@@ -168,7 +181,7 @@ def _facts_of(layers: Mapping[str, C3ALinear]) -> dict[str, LayerFacts]:
     }
 
 
-def kernel_of(name: str, layer: C3ALinear) -> Tensor:
+def kernel_of(name: str, layer: C3ALinear | C3AExperts) -> Tensor:
     """Return a layer's kernel, from where accelerate has put it if it is offloaded."""
     with _onloaded(name, layer, [layer], lambda layer: [layer.c3a_kernel]):
         return distributed.whole(layer.c3a_kernel.detach())
@@ -215,7 +228,7 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
                 "from_pretrained found them beside the model, use c3a.load_pretrained instead"
             )
         adapter = read(Path(folder))
-        layers = adapted_layers(inner)
+        layers = adapters(inner)
         if any(layer.merged for layer in layers.values()):
             raise ValueError("the model is merged; call c3a.unmerge first")
         plan = None if layers else _plan_of(inner, adapter)
@@ -224,7 +237,7 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     if plan:
         dtypes = [kernel.dtype for kernel in adapter.kernels.values()]
         apply_patch(inner, plan, dtype=reduce(torch.promote_types, dtypes), pad=True)
-        layers = adapted_layers(inner)
+        layers = adapters(inner)
     odd = []
     distributed.reshard(inner)
     with torch.no_grad(), as_trained(inner):
@@ -278,7 +291,7 @@ def _onloaded(
         yield
 
 
-def _to_stored(name: str, layer: C3ALinear, kernel: Tensor) -> Tensor:
+def _to_stored(name: str, layer: C3ALinear | C3AExperts, kernel: Tensor) -> Tensor:
     kernel = kernel.detach()
     if layer.scale == 1 / layer.in_features:
         return kernel
@@ -293,17 +306,18 @@ def _to_stored(name: str, layer: C3ALinear, kernel: Tensor) -> Tensor:
     return stored
 
 
-def _from_stored(stored: Tensor, layer: C3ALinear) -> Tensor:
+def _from_stored(stored: Tensor, layer: C3ALinear | C3AExperts) -> Tensor:
     if layer.scale == 1 / layer.in_features:
         return stored
     return stored.double() / (layer.scale * layer.in_features)
 
 
 def _warn_of_what_is_left_out(model: nn.Module, tensors: Collection[str]) -> None:
+    kernels = {_kernel_name(name, adapter) for name, adapter in adapted_experts(model).items()}
     left_out = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and f"{PREFIX}{name}" not in tensors
+        if parameter.requires_grad and f"{PREFIX}{name}" not in tensors and name not in kernels
     ]
     if left_out:
         warnings.warn(
@@ -313,8 +327,11 @@ def _warn_of_what_is_left_out(model: nn.Module, tensors: Collection[str]) -> Non
         )
 
 
-def warn_of_what_peft_cannot_load(consequence: str, layers: Mapping[str, C3ALinear]) -> None:
+def warn_of_what_peft_cannot_load(
+    consequence: str, adapted: Mapping[str, C3ALinear | C3AExperts]
+) -> None:
     """Warn the caller's caller of a consequence, with the layers it is due to, if there are any."""
+    layers = {name: layer for name, layer in adapted.items() if isinstance(layer, C3ALinear)}
     padded = [
         name
         for name, layer in layers.items()
@@ -327,6 +344,8 @@ def warn_of_what_peft_cannot_load(consequence: str, layers: Mapping[str, C3ALine
     ]
     reasons = [f"it does not pad: {_some(padded)}"] if padded else []
     reasons += [f"it adapts torch.nn.Linear only: {_some(other)}"] if other else []
+    experts = [name for name in adapted if name not in layers]
+    reasons += [f"its C3A adapts no experts: {_some(experts)}"] if experts else []
     if reasons:
         warnings.warn(f"{consequence}; {'; '.join(reasons)}", stacklevel=3)
 
@@ -340,27 +359,51 @@ def _some(names: Collection[str]) -> str:
 
 
 def _config_of(
-    model: nn.Module, layers: Mapping[str, C3ALinear], saved: tuple[str, ...], task_type: str | None
+    model: nn.Module,
+    adapted: Mapping[str, C3ALinear | C3AExperts],
+    saved: tuple[str, ...],
+    task_type: str | None,
 ) -> dict[str, Any]:
-    sizes = {name: layer.block_size for name, layer in layers.items()}
-    usual, pattern = as_pattern(sizes, "block sizes")
-    inits = {layer.init for layer in layers.values()}
+    inits = {layer.init for layer in adapted.values()}
     init = inits.pop() if len(inits) == 1 else "zeros"
+    experts = adapted_experts(model)
+    layers = frozenset(adapted) - experts.keys()
+    return configuration(
+        {name: layer.block_size for name, layer in adapted.items()},
+        base_model_name_or_path=getattr(getattr(model, "config", None), "_name_or_path", None),
+        init_weights=_INIT_WEIGHTS.get(init, init),
+        modules_to_save=list(saved) or None,
+        target_modules=_targets_of(model, layers),
+        task_type=task_type,
+        **({"target_parameters": sorted(experts)} if experts else {}),
+    )
+
+
+# Settings that an adapter of any kind has, on what and for what it is.
+COMMON_SETTINGS = (
+    "base_model_name_or_path",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "revision",
+    "target_modules",
+    "task_type",
+)
+
+
+def configuration(sizes: Mapping[str, int], **settings: object) -> dict[str, Any]:
+    """Return PEFT's configuration of an adapter, given its layers' block sizes by name."""
+    usual, pattern = as_pattern(sizes, "block sizes")
     return {
+        **dict.fromkeys(COMMON_SETTINGS),
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "bias": "none",
         "block_size": usual,
         "block_size_pattern": pattern,
         "inference_mode": True,
-        "init_weights": _INIT_WEIGHTS.get(init, init),
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": list(saved) or None,
+        "init_weights": True,
         "peft_type": "C3A",
-        "revision": None,
-        "target_modules": _targets_of(model, frozenset(layers)),
-        "task_type": task_type,
+        **settings,
     }
 
 
@@ -424,30 +467,53 @@ def _targets_of(model: nn.Module, adapted: frozenset[str]) -> list[str] | str:
 
 def _plan_of(model: nn.Module, adapter: Adapter) -> PatchPlan:
     config, source = adapter.config, adapter.config_source
-    targets = config.get("target_modules")
-    if not targets:
+    targets, parameters = config.get("target_modules"), config.get("target_parameters") or ()
+    if not targets and not parameters:
         raise ValueError(f"{source} names no target_modules")
     names = [name for name, _ in model.named_modules() if name]
     words = f"target_modules {shown(targets)}"
-    chosen = _chosen_of(config, source, names)
+    chosen = _chosen_of(config, source, names) if targets else set()
     if config.get("layers_to_transform") not in (None, []):
         words += f" in layers_to_transform {shown(config['layers_to_transform'])}"
-    meant = "all-linear" if targets == "all-linear" else Chosen(chosen, words)
+    meant = "all-linear" if targets == "all-linear" else Chosen(chosen, words) if targets else None
     # PEFT lists every usual name of a head; which of them there are, the tensors tell.
     there = {end for name in names for end in ends(name)}
     saved = [name for name in config.get("modules_to_save") or () if name in there]
     try:
-        any_size = plan_patch(model, meant, 1, modules_to_save=list(dict.fromkeys(saved)))
+        any_size = plan_patch(
+            model,
+            meant,
+            1,
+            modules_to_save=list(dict.fromkeys(saved)),
+            target_parameters=parameters,
+        )
     except (ValueError, TypeError) as error:
         message = str(error).removeprefix("c3a.patch_model: ")
         raise ValueError(
             f"{source}: {words}: the adapter does not fit this model: {message}"
         ) from None
-    sizes = _sizes_of(config, source, list(any_size.block_sizes))
+    sizes = _sizes_of(adapter, [*any_size.block_sizes, *any_size.parameter_sizes])
+    found = _features_of(model, any_size)
     for name, size in sizes.items():
+        may_pad = name in any_size.block_sizes
         with said_by(f"{source}: {name}"):
-            check_block_size(size, *linear_features(model.get_submodule(name)), pad=True)
-    return dataclasses.replace(any_size, block_sizes=sizes)
+            check_block_size(size, *found[name][1:], may_pad, may_pad)
+    return dataclasses.replace(
+        any_size,
+        block_sizes={name: sizes[name] for name in any_size.block_sizes},
+        parameter_sizes={name: sizes[name] for name in any_size.parameter_sizes},
+    )
+
+
+def _features_of(model: nn.Module, plan: PatchPlan) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    """Return what stands before ``m, n, b`` in a kernel's shape, and in and out features."""
+    found: dict[str, tuple[tuple[int, ...], int, int]] = {
+        name: ((), *linear_features(model.get_submodule(name))) for name in plan.block_sizes
+    }
+    experts = stacks(model) if plan.parameter_sizes else {}
+    for name in plan.parameter_sizes:
+        found[name] = ((len(experts[name].weight),), *experts[name].features)
+    return found
 
 
 def _chosen_of(config: Mapping[str, Any], source: str, names: list[str]) -> set[str]:
@@ -468,27 +534,36 @@ def _chosen_of(config: Mapping[str, Any], source: str, names: list[str]) -> set[
     return {name for name in chosen if numbers.get(name) in indices}
 
 
-def _sizes_of(config: Mapping[str, Any], source: str, names: list[str]) -> dict[str, int]:
+def _sizes_of(adapter: Adapter, names: list[str]) -> dict[str, int]:
+    """Return the layers' block sizes, those of their kernels where PEFT's releases read two."""
+    config, source, kernels = adapter.config, adapter.config_source, adapter.kernels
     pattern, default = config.get("block_size_pattern") or {}, config.get("block_size")
     with said_by(f"{source}: block_size_pattern"):
-        keys = first_keys(list(pattern), names)
-    sizes: dict[str, Any] = {
-        name: of_pattern(pattern, name, key) or default
-        for name, key in zip(names, keys, strict=True)
-    }
-    for name, size in sizes.items():
+        newer = first_keys(list(pattern), names)
+        older = first_keys(list(pattern), names, proper=True)
+    sizes: dict[str, int] = {}
+    for name, here, there in zip(names, newer, older, strict=True):
+        size = of_pattern(pattern, name, here) or default
+        if name in kernels and kernels[name].shape[-1] == pattern.get(there or name, default):
+            size = kernels[name].shape[-1]
         if size is None:
             raise ValueError(f"{source}: block_size: expected one for {name}, got none")
+        sizes[name] = size
     return sizes
 
 
 def _check_tensors(
-    model: nn.Module, layers: Mapping[str, C3ALinear], plan: PatchPlan | None, adapter: Adapter
+    model: nn.Module,
+    layers: Mapping[str, C3ALinear | C3AExperts],
+    plan: PatchPlan | None,
+    adapter: Adapter,
 ) -> None:
     """Raise ValueError unless the file has exactly what the model takes, in its shapes."""
     shapes = {kernel_key(name): tuple(layer.c3a_kernel.shape) for name, layer in layers.items()}
-    for name, b in plan.block_sizes.items() if plan else ():
-        shapes[kernel_key(name)] = kernel_shape(*linear_features(model.get_submodule(name)), b)
+    if plan:
+        found, sizes = _features_of(model, plan), plan.block_sizes | plan.parameter_sizes
+        for name, (before, *its) in found.items():
+            shapes[kernel_key(name)] = (*before, *kernel_shape(its[0], its[1], sizes[name]))
     heads = {
         f"{PREFIX}{name}.{key}": tensor
         for name in (plan.modules_to_save if plan else modules_to_save(model))
@@ -517,7 +592,7 @@ def _check_tensors(
 
 
 def _check_has_values(
-    model: nn.Module, layers: Mapping[str, C3ALinear], plan: PatchPlan | None
+    model: nn.Module, layers: Mapping[str, C3ALinear | C3AExperts], plan: PatchPlan | None
 ) -> None:
     """Raise ValueError if something that is written, or what a kernel is made beside, is meta."""
     places: dict[str, Iterable[Tensor]] = {
@@ -526,6 +601,9 @@ def _check_has_values(
     for name in plan.block_sizes if plan else ():
         module = model.get_submodule(name)
         places[name] = [*module.parameters(), *module.buffers()]
+    experts = stacks(model) if plan and plan.parameter_sizes else {}
+    for name in plan.parameter_sizes if plan else ():
+        places[name] = [experts[name].weight]
     for name in plan.modules_to_save if plan else modules_to_save(model):
         places[name] = _state(model.get_submodule(name)).values()
     meta = [name for name, tensors in places.items() if any(t.is_meta for t in tensors)]

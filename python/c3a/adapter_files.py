@@ -120,6 +120,7 @@ _KEYS: _Keys = {
         "a mapping from names to whole numbers >= 1",
         lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
     ),
+    "target_parameters": ("a list of names", _is_list_of(_is_text)),
 }
 _LORA_KEYS: _Keys = {
     **_GENERAL,
@@ -342,7 +343,8 @@ def _check_kernels(path: Path, tensors: Mapping[str, Tensor]) -> None:
             dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
             got = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {key}: expected one of {dtypes}, got {got}")
-        if tensor.ndim != 3 or tensor.numel() == 0:
+        if tensor.ndim not in (3, 4) or tensor.numel() == 0:
             raise ValueError(
-                f"{path}: {key}: expected a shape (m, n, b), got {tuple(tensor.shape)}"
+                f"{path}: {key}: expected a shape (m, n, b), or (experts, m, n, b), got "
+                f"{tuple(tensor.shape)}"
             )

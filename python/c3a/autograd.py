@@ -730,7 +730,12 @@ def linear_rule(op: _private.Overload) -> _Function:
         check((x, weight, bias, w))
         shapes.linear(x, weight, bias, w, scale)
         tensors = _tensors((x, weight, bias, w))
-        if _needs_graph(weight, bias) or _private.in_transform() or _private.has_tangent(*tensors):
+        if (
+            _needs_graph(weight, bias)
+            or _private.in_transform()
+            or _private.has_tangent(*tensors)
+            or torch.compiler.is_exporting()  # to a graph for others, who know no writes in place
+        ):
             return linear_as_a_sum(x, weight, bias, w, scale)
         if _needs_graph(x, w):
             is_ordinary = _private.is_ordinary(*tensors)

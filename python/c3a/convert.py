@@ -11,7 +11,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .adapter import as_pattern, of_pattern
+from .adapter import COMMON_SETTINGS, configuration, of_pattern
 from .adapter_files import PREFIX, LayerFacts, kernel_key, prepare, read_lora, said_by
 from .files import check_free, write_folder
 from .names import ends, first_keys, matches, shown
@@ -20,15 +20,6 @@ from .sizes import auto_block_size, check_block_size
 
 __all__ = ["Converted", "ConvertedLayer", "from_checkpoints", "from_lora"]
 
-_TAKEN_OVER = (
-    "base_model_name_or_path",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "revision",
-    "target_modules",
-    "task_type",
-)
 # Settings of LoRA by which a layer adds something else than scaling * B A, or not to the base.
 _OTHER = (
     "alora_invocation_tokens",
@@ -110,18 +101,7 @@ class _Kernels:
     ) -> Converted:
         """Write the adapter, with tensors of ``modules_to_save`` by their keys."""
         sizes = {name: layer.block_size for name, layer in self.layers.items()}
-        usual, pattern = as_pattern(sizes, "block sizes")
-        config = {
-            **dict.fromkeys(_TAKEN_OVER),
-            **config,
-            "auto_mapping": None,
-            "bias": "none",
-            "block_size": usual,
-            "block_size_pattern": pattern,
-            "inference_mode": True,
-            "init_weights": True,
-            "peft_type": "C3A",
-        }
+        whole = configuration(sizes, **config)
         facts = {
             name: LayerFacts(layer.in_features, layer.out_features, True)
             for name, layer in self.layers.items()
@@ -130,7 +110,7 @@ class _Kernels:
         if twice := self.tensors.keys() & saved.keys():
             raise ValueError(f"there are two tensors for {shown(min(twice))}")
         tensors = {**self.tensors, **saved}
-        write_folder(folder, lambda fresh: prepare(fresh, folder, tensors, config, facts))
+        write_folder(folder, lambda fresh: prepare(fresh, folder, tensors, whole, facts))
         error = math.sqrt(self._lost / self._whole) if self._whole else 0.0
         return Converted(self.layers, error, left_out)
 
@@ -187,7 +167,7 @@ def from_lora(
             with said_by(f"{adapter.weights_path}: {name}"):
                 a, b = pairs[name]
                 kernels.add(name, scalings[name] * (b.double() @ a.double()))
-        taken_over = {key: config.get(key) for key in _TAKEN_OVER}
+        taken_over = {key: config.get(key) for key in COMMON_SETTINGS}
         return kernels.write(
             folder, taken_over, saved, [], fan_in_fan_out=config.get("fan_in_fan_out") is True
         )

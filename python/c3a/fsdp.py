@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from .distributed import is_fsdp
+from .experts import adapted_experts
 from .patch import adapted_layers
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def fully_shard(
         ``c3a.summary`` take it; all processes must call them.
 
     Raises:
-        ValueError: the model has no adapted layer.
+        ValueError: the model has no adapted layer, or experts that are adapted.
 
     >>> import c3a, torch
     >>> model = c3a.patch_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), ["0"], 4)
@@ -47,6 +48,11 @@ def fully_shard(
     from torch.distributed import fsdp
 
     layers = adapted_layers(model)
+    if experts := list(adapted_experts(model)):
+        raise ValueError(
+            f"c3a.fully_shard: expected layers alone to be adapted, got experts ({experts[0]}), "
+            "whose kernels cannot be sharded"
+        )
     if not layers:
         raise ValueError(
             "c3a.fully_shard: the model has no C3ALinear layer; patch it first, or call "

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def _checked_scale(scale: object) -> float:
+def checked_scale(who: str, scale: object) -> float:
+    """Return a factor as a float, or raise TypeError or ValueError."""
     if not isinstance(scale, Real):
         raise TypeError(
-            f"c3a.C3ALinear: expected scale to be a number, got {type(scale).__name__} {scale!r}"
+            f"{who}: expected scale to be a number, got {type(scale).__name__} {scale!r}"
         )
     if not math.isfinite(scale) or scale == 0:
-        raise ValueError(f"c3a.C3ALinear: expected a finite scale other than 0, got {scale}")
+        raise ValueError(f"{who}: expected a finite scale other than 0, got {scale}")
     return float(scale)
 
 
@@ -46,6 +47,56 @@ def checked_dropout(who: str, dropout: object) -> float:
 _EXCHANGING = threading.Lock()
 
 INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "gaussian")
+
+
+def check_kernel(who: str, dtype: torch.dtype, init: str) -> None:
+    """Raise TypeError or ValueError unless kernels can have this dtype and these values."""
+    if dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"{who}: expected one of {SUPPORTED_DTYPES}, got dtype {dtype}")
+    if init not in INITS:
+        raise ValueError(f"{who}: expected init to be one of {INITS}, got {init!r}")
+
+
+@torch.no_grad()
+def initialise(kernel: Tensor, init: str, in_features: int, out_features: int) -> None:
+    """Fill a kernel, or a stack of kernels, with the initial values that ``init`` names."""
+    bound = {
+        "xavier_uniform": math.sqrt(6 / (in_features + out_features)),
+        "kaiming_uniform": math.sqrt(1 / in_features),
+    }
+    if init == "zeros":
+        kernel.zero_()
+    elif init == "gaussian":
+        kernel.normal_()
+    else:
+        kernel.uniform_(-bound[init], bound[init])
+
+
+def keeping_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what moves or converts kernels as ``fn`` does, but does not narrow them to 16 bits.
+
+    In float16 an optimizer's squares of gradients, and AdamW's eps, are zero.
+    """
+
+    def of_kernel(t: Tensor) -> Tensor:
+        new = fn(t)
+        narrowed = new.is_floating_point() and new.itemsize == 2 and t.itemsize > 2
+        return t.to(new.device) if narrowed else new
+
+    return of_kernel
+
+
+def why_not_finite(total: Tensor, original: Tensor, kernel: Tensor) -> str | None:
+    """Say what is infinite or NaN in a merged weight and not in the original."""
+    spoilt = int(distributed.whole((~total.isfinite() & original.isfinite()).sum()))
+    if not spoilt:
+        return None
+    finite = distributed.whole(kernel.isfinite().all())
+    said = "is finite" if finite else "is not finite itself"
+    return (
+        f"c3a: merging would make {spoilt} of {total.numel()} numbers of the weight infinite "
+        f"or NaN in {total.dtype} (the kernel {said}); pass safe=False to merge all the same"
+    )
 
 
 class C3ALinear(nn.Module):
@@ -124,16 +175,13 @@ class C3ALinear(nn.Module):
                 "c3a.C3ALinear: expected a layer with in_features and out_features, got "
                 f"{type(base_layer).__name__}"
             )
-        if dtype not in SUPPORTED_DTYPES:
-            raise TypeError(f"c3a.C3ALinear: expected one of {SUPPORTED_DTYPES}, got dtype {dtype}")
+        check_kernel("c3a.C3ALinear", dtype, init)
         self.in_features, self.out_features = sizes
         try:
             check_block_size(block_size, *sizes, pad)
         except ValueError as error:
             raise ValueError(f"c3a.C3ALinear: {error}") from None
-        if init not in INITS:
-            raise ValueError(f"c3a.C3ALinear: expected init to be one of {INITS}, got {init!r}")
-        scale = 1 / self.in_features if scale is None else _checked_scale(scale)
+        scale = 1 / self.in_features if scale is None else checked_scale("c3a.C3ALinear", scale)
         self._dropout = checked_dropout("c3a.C3ALinear", dropout)
 
         self.base_layer = base_layer
@@ -166,16 +214,7 @@ class C3ALinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill the kernel with the initial values that ``init`` names."""
-        bound = {
-            "xavier_uniform": math.sqrt(6 / (self.in_features + self.out_features)),
-            "kaiming_uniform": math.sqrt(1 / self.in_features),
-        }
-        if self.init == "zeros":
-            self.c3a_kernel.zero_()
-        elif self.init == "gaussian":
-            self.c3a_kernel.normal_()
-        else:
-            self.c3a_kernel.uniform_(-bound[self.init], bound[self.init])
+        initialise(self.c3a_kernel, self.init, self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``, in the base layer's own dtype.
@@ -240,7 +279,7 @@ class C3ALinear(nn.Module):
         if weight.is_meta and not self.c3a_kernel.is_meta:  # offloaded
             return weight
         if isinstance(weight, AdaptedWeight) or _private.is_plain(weight, self.c3a_kernel):
-            return read(self)
+            return read(self, AdaptedWeight)
         return self.add_delta(weight, self.c3a_kernel)
 
     @property
@@ -276,7 +315,7 @@ class C3ALinear(nn.Module):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        scale = _checked_scale(value)
+        scale = checked_scale("c3a.C3ALinear", value)
         merged = self.merged
         self.unmerge()
         self._scale = scale
@@ -343,15 +382,7 @@ class C3ALinear(nn.Module):
 
     def _spoilt(self, total: Tensor, original: Tensor) -> str | None:
         """Say what is infinite or NaN in a sum and not in the original."""
-        spoilt = int(distributed.whole((~total.isfinite() & original.isfinite()).sum()))
-        if not spoilt:
-            return None
-        finite = distributed.whole(self.c3a_kernel.isfinite().all())
-        kernel = "is finite" if finite else "is not finite itself"
-        return (
-            f"c3a: merging would make {spoilt} of {total.numel()} numbers of the weight infinite "
-            f"or NaN in {total.dtype} (the kernel {kernel}); pass safe=False to merge all the same"
-        )
+        return why_not_finite(total, original, self.c3a_kernel)
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit. Idempotent."""
@@ -379,21 +410,13 @@ class C3ALinear(nn.Module):
         self._set_aside[0] = merging.exchange(self.base_layer, self._set_aside[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
-        """Convert or move the layer; a kernel is not narrowed to 16 bits with the model.
-
-        In float16 an optimizer's squares of gradients, and AdamW's eps, are zero.
-        """
+        """Convert or move the layer; a kernel is not narrowed to 16 bits with the model."""
         self._prepared.drop()
         if recurse:
             for module in self.children():
                 module._apply(fn)
 
-        def of_kernel(t: Tensor) -> Tensor:
-            new = fn(t)
-            narrowed = new.is_floating_point() and new.itemsize == 2 and t.itemsize > 2
-            return t.to(new.device) if narrowed else new
-
-        super()._apply(of_kernel, recurse=False)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_wide(fn), recurse=False)  # type: ignore[no-untyped-call]
         self._set_aside = [adapted.moved(weight, fn) for weight in self._set_aside]
         return self
 

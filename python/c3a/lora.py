@@ -16,23 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .adapter import as_pattern
+from .adapter import COMMON_SETTINGS, as_pattern
 from .adapter_files import PREFIX, Adapter, prepare_lora, read, said_by
 from .files import check_free, write_folder
 from .names import shown
 from .reference import circulant
 
 __all__ = ["Exported", "ExportedLayer", "export", "factors"]
-
-_TAKEN_OVER = (
-    "base_model_name_or_path",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "revision",
-    "target_modules",
-    "task_type",
-)
 
 
 class ExportedLayer(NamedTuple):
@@ -207,6 +197,10 @@ def _converted(
     where, kernels = source.weights_path, source.kernels
     if not kernels:
         raise ValueError(f"{where} holds no c3a_kernel")
+    if experts := [name for name, kernel in kernels.items() if kernel.ndim == 4]:
+        raise ValueError(
+            f"{where} has kernels of experts, which are not converted: {shown(experts[0])}"
+        )
     if not source.config.get("target_modules"):
         raise ValueError(f"{source.config_source} names no target_modules")
     sizes = _sizes(source, kernels)
@@ -295,7 +289,7 @@ def _config(source: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     usual, pattern = as_pattern(ranks, "ranks", max(ranks.values()))
     turned = {name for name, facts in source.layers.items() if facts.fan_in_fan_out}
     return {
-        **{key: source.config.get(key) for key in _TAKEN_OVER},
+        **{key: source.config.get(key) for key in COMMON_SETTINGS},
         "alpha_pattern": pattern,
         "auto_mapping": None,
         "bias": "none",

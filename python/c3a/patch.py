@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
 from . import distributed
+from .experts import C3AExperts, Stack, adapted_experts, put_in, stacks, take_out
 from .linear import C3ALinear
 from .names import block_size_from_pattern, ends, matches, shown
-from .peft_config import PeftConfig, meaning_of
+from .peft_config import PeftConfig, block_sizes_of, meaning_of
+from .shapes import SUPPORTED_DTYPES
 from .sizes import auto_block_size, check_block_size, features, linear_features
 
 Targets = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -74,6 +75,11 @@ def adapted_layers(model: nn.Module) -> dict[str, C3ALinear]:
     return found
 
 
+def adapters(model: nn.Module) -> dict[str, C3ALinear | C3AExperts]:
+    """Return what is adapted of a model by name: layers, and the parameters of experts."""
+    return {**adapted_layers(model), **adapted_experts(unwrapped(model))}
+
+
 def modules_to_save(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the modules that ``patch_model`` left trainable."""
     record = getattr(unwrapped(model), "_c3a_record", None)
@@ -103,6 +109,7 @@ def patch_model(
     init: str = "zeros",
     dtype: torch.dtype = torch.float32,
     modules_to_save: Iterable[str] = (),
+    target_parameters: Iterable[str] = (),
     pad: bool = False,
     dropout: float = 0.0,
 ) -> Model:
@@ -126,6 +133,11 @@ def patch_model(
         modules_to_save: names (whole or the end of one) of modules that stay trainable and are
             saved with the adapter, such as a new classifier. A copy of what they hold now is kept,
             for ``disabled`` and ``unpatch_model``: their memory once more.
+        target_parameters: names (whole or the end of one) of parameters that hold a matrix for each
+            expert, ``(experts, out, in)``, or ``(experts, in, out)`` where transformers marks the
+            module so (``is_transposed``): ``["experts.gate_up_proj", "experts.down_proj"]``. Every
+            expert gets a kernel of its own. Without ``target_modules`` no layer is adapted. Not
+            padded, and without dropout.
 
     Returns:
         The same model.
@@ -138,7 +150,7 @@ def patch_model(
             ``config`` has too.
 
     Warns of experts' matrices that ``"all-linear"`` skips: those that are kept as one parameter of
-    three dimensions, and not as linear layers.
+    three dimensions, and that are not in ``target_parameters``.
 
     Warns of a head that ``from_pretrained`` of transformers (5 or newer) has made anew, as its
     checkpoint held none, and that is not in ``modules_to_save``: it would never be trained. A head
@@ -156,6 +168,7 @@ def patch_model(
         if config is not None:
             raise TypeError("c3a.patch_model: expected one config, got two")
         config, target_modules = target_modules, None
+    target_parameters = _names("target_parameters", "a list of names", target_parameters)
     task = None
     wanted = getattr(config, "target_modules", target_modules)
     wants_all = isinstance(wanted, str) and wanted.lower() == "all-linear"
@@ -175,14 +188,22 @@ def patch_model(
         _check_patchable(inner)
         block_size, modules_to_save, init, task = meaning_of(config, inner)
         target_modules = Chosen(block_size, f"{type(config).__name__}.target_modules")
+        parameters = _resolve_parameters(inner, target_parameters, modules_to_save)
+        block_size = {**block_size, **block_sizes_of(config, parameters)}
     plan = plan_patch(
         inner,
         target_modules,
         block_size,
         rank=rank,
         modules_to_save=modules_to_save,
+        target_parameters=target_parameters,
         pad=pad,
     )
+    if plan.parameter_sizes and dropout:
+        raise ValueError(
+            "c3a.patch_model: expected dropout=0 with target_parameters, for experts have none, "
+            f"got {dropout!r}; give it to the layers after the patch: layer.dropout = {dropout!r}"
+        )
     if new := _new_heads(inner, plan.modules_to_save):
         warnings.warn(
             f"c3a.patch_model: {', '.join(new)}: weights that the model's checkpoint did not hold "
@@ -190,12 +211,13 @@ def patch_model(
             f"the adapter, pass modules_to_save={[*plan.modules_to_save, *new]}",
             stacklevel=2,
         )
-    if wants_all and (skipped := _experts(inner, plan.modules_to_save)):
+    if wants_all and (skipped := _skipped_experts(inner, plan)):
+        ends_of_names = sorted({_end_of(name) for name in skipped})
         warnings.warn(
-            f"c3a.patch_model: 'all-linear' skips {sum(skipped.values())} parameters that "
-            f"hold a matrix for each expert and stay frozen: {_counted(skipped)}; name the layers "
-            "to adapt (target_modules) if that is meant; PEFT's LoRA adapts such parameters "
-            "(target_parameters), modules_to_save trains them whole",
+            f"c3a.patch_model: 'all-linear' skips {len(skipped)} parameters that hold a matrix for "
+            f"each expert and stay frozen: {_counted(skipped)}; to adapt them too, pass "
+            f"target_parameters={ends_of_names}; to leave them, name the layers to adapt "
+            "(target_modules); modules_to_save trains them whole",
             stacklevel=2,
         )
     apply_patch(
@@ -231,6 +253,7 @@ class PatchPlan:
 
     block_sizes: dict[str, int]
     modules_to_save: tuple[str, ...]
+    parameter_sizes: dict[str, int] = field(default_factory=dict)  # of experts
 
 
 def plan_patch(
@@ -240,12 +263,17 @@ def plan_patch(
     *,
     rank: int = 8,
     modules_to_save: Iterable[str] = (),
+    target_parameters: Iterable[str] = (),
     pad: bool = False,
 ) -> PatchPlan:
     """Resolve the arguments of ``patch_model`` against a model, raising all that it raises."""
     _check_patchable(model)
     saved = _resolve_modules_to_save(model, modules_to_save)
-    targets = _resolve_targets(model, target_modules, saved)
+    parameters = _resolve_parameters(model, target_parameters, saved)
+    targets: dict[str, tuple[int, int]] = {}
+    if target_modules is not None or not parameters:
+        found = _resolve_targets(model, target_modules, saved)
+        targets = {name: linear_features(module) for name, module in found.items()}
     given: object = rank
     if not isinstance(given, Real) or not 1 <= rank < math.inf:
         raise ValueError(f"c3a.patch_model: expected rank to be a number >= 1, got {rank!r}")
@@ -253,20 +281,20 @@ def plan_patch(
     assert block_size is not None
     sizes: dict[str, int] = {}
     problems = {}
-    for name, module in targets.items():
-        in_features, out_features = linear_features(module)
+    for name, (in_features, out_features) in [*targets.items(), *parameters.items()]:
         if isinstance(block_size, str):
             size = auto_block_size(in_features, out_features, rank)
         elif isinstance(block_size, Mapping):
-            found = block_size_from_pattern(block_size, name)
-            if found is None:
+            of_pattern = block_size_from_pattern(block_size, name)
+            if of_pattern is None:
                 problems[name] = f"no key of the mapping {dict(block_size)} matches"
                 continue
-            size = found
+            size = of_pattern
         else:
             size = block_size
         try:
-            check_block_size(size, in_features, out_features, pad)
+            may_pad = name in targets
+            check_block_size(size, in_features, out_features, pad and may_pad, may_pad)
         except ValueError as error:
             problems[name] = str(error)
         sizes[name] = size
@@ -274,7 +302,7 @@ def plan_patch(
         said = [f"{name}: {problem}" for name, problem in problems.items()][:_MOST_SAID]
         if more := len(problems) - len(said):
             said.append(f"and {more} more layers")
-        if isinstance(block_size, Real) and len(problems) < len(targets):
+        if isinstance(block_size, Real) and len(problems) < len(targets) + len(parameters):
             last = [name for name, module in model.named_modules() if features(module)][-1]
             if target_modules == "all-linear" and last in problems:
                 said.append(
@@ -283,7 +311,10 @@ def plan_patch(
                 )
             said.append("block_size='auto' or a mapping gives each layer a size of its own")
         raise ValueError("c3a.patch_model: " + "; ".join(said))
-    return PatchPlan(sizes, saved)
+    of_parameters = {name: size for name, size in sizes.items() if name in parameters}
+    return PatchPlan(
+        {name: size for name, size in sizes.items() if name in targets}, saved, of_parameters
+    )
 
 
 def _check_patchable(model: nn.Module) -> None:
@@ -303,7 +334,7 @@ def _check_patchable(model: nn.Module) -> None:
             "c3a.patch_model: the model is sharded over processes, and a kernel would not be; "
             "patch it, or load its adapter, before it is sharded"
         )
-    if adapted_layers(model):
+    if adapters(model):
         raise ValueError(
             "c3a.patch_model: the model is patched already; call c3a.unpatch_model first"
         )
@@ -320,11 +351,12 @@ def apply_patch(
     dropout: float = 0.0,
     task_type: str | None = None,
 ) -> Model:
-    """Carry out a plan: all layers are made before the first one is put in place."""
+    """Carry out a plan: all adapters are made before the first one is put in place."""
     from . import pretrained  # which saves adapters, for which it needs this module
 
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     wrapped: dict[int, C3ALinear] = {}
+    experts: list[C3AExperts] = []
     try:
         originals = _copies(model, plan.modules_to_save)
         for name, block_size in plan.block_sizes.items():
@@ -332,14 +364,18 @@ def apply_patch(
             wrapped[id(base)] = C3ALinear(
                 base, block_size, scale=scale, init=init, dtype=dtype, pad=pad, dropout=dropout
             )
+        found = stacks(model) if plan.parameter_sizes else {}
+        for name, block_size in plan.parameter_sizes.items():
+            experts.append(C3AExperts(found[name], block_size, scale=scale, init=init, dtype=dtype))
     except Exception:
         _restore_requires_grad(model, trainable)
         raise
     # A layer that stands in several places is wrapped once and replaced in all of them.
     replace_children(model, wrapped)
     model.requires_grad_(False)
-    for layer in wrapped.values():
-        layer.c3a_kernel.requires_grad_(True)
+    put_in(experts)
+    for adapter in (*wrapped.values(), *experts):
+        adapter.c3a_kernel.requires_grad_(True)
     for name in plan.modules_to_save:
         model.get_submodule(name).requires_grad_(True)
     model.__dict__["_c3a_record"] = _Record(plan.modules_to_save, trainable, originals, task_type)
@@ -389,6 +425,7 @@ def unpatch_model(model: Model, *, merge: bool = False, safe: bool = True) -> Mo
                 layer.unmerge()
             inner[id(layer)] = layer.base_layer
         replace_children(patched, inner)
+    take_out(adapted_experts(patched).values(), merge)
     pretrained.give_back(patched)
     for part, record in records:
         _show_trained(patched, part, record)
@@ -426,8 +463,8 @@ def unmerge(model: Model) -> Model:
     >>> c3a.unmerge(model)[0].base_layer.weight is weight
     True
     """
-    for layer in adapted_layers(model).values():
-        layer.unmerge()
+    for adapter in adapters(model).values():
+        adapter.unmerge()
     return model
 
 
@@ -452,7 +489,7 @@ def disabled(model: Model) -> Iterator[Model]:
     True
     """
     inner = unwrapped(model)
-    layers = [module for module in inner.modules() if isinstance(module, C3ALinear)]
+    layers = [part for part in inner.modules() if isinstance(part, C3ALinear | C3AExperts)]
     states = [layer.enabled for layer in layers]
     found = _records(inner)
     heads = [(p, record) for p, record in found if record.originals and not record.set_aside]
@@ -587,8 +624,8 @@ def _merge_all(model: nn.Module, safe: bool) -> None:
     distributed.reshard(inner)
     weights = [id(t) for t in _tensors(inner).values()] if distributed.is_sharded(inner) else []
     try:
-        for name, layer in adapted_layers(inner).items():
-            if weights.count(id(layer.base_layer.weight)) > 1:
+        for name, layer in adapters(inner).items():
+            if isinstance(layer, C3ALinear) and weights.count(id(layer.base_layer.weight)) > 1:
                 raise ValueError(
                     f"c3a: {name}: cannot merge: others share its weight, and in a sharded model "
                     "it is written in place; merge before the model is sharded"
@@ -648,31 +685,68 @@ def _new_heads(model: nn.Module, saved: Iterable[str]) -> list[str]:
     return found
 
 
-def _experts(model: nn.Module, saved: Iterable[str]) -> dict[tuple[str, tuple[int, ...]], int]:
-    """Count the experts' matrices that a model keeps as parameters, by pattern of name and shape.
-
-    A parameter of three dimensions is one, ``(experts, out, in)`` or ``(experts, in, out)``, unless
-    it is a convolution's or the first of its dimensions is 1.
-    """
-    saved = tuple(saved)
-    found: dict[tuple[str, tuple[int, ...]], int] = {}
-    for name, module in model.named_modules():
-        within = any(name == outer or name.startswith(f"{outer}.") for outer in saved)
-        is_convolution = hasattr(module, "kernel_size") or isinstance(module, ParametrizationList)
-        if within or is_convolution:
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            shape = tuple(parameter.shape) if not is_lazy(parameter) else ()
-            if len(shape) == 3 and min(shape) > 1:
-                pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", f"{name}.{key}".strip("."))
-                found[pattern, shape] = found.get((pattern, shape), 0) + 1
-    return found
+def _within(name: str, saved: Iterable[str]) -> bool:
+    return any(name == outer or name.startswith(f"{outer}.") for outer in saved)
 
 
-def _counted(experts: Mapping[tuple[str, tuple[int, ...]], int]) -> str:
-    said = [f"{name} ({count}, of shape {shape})" for (name, shape), count in experts.items()]
+def _skipped_experts(model: nn.Module, plan: PatchPlan) -> dict[str, Stack]:
+    return {
+        name: stack
+        for name, stack in stacks(model).items()
+        if name not in plan.parameter_sizes and not _within(name, plan.modules_to_save)
+    }
+
+
+def _end_of(name: str) -> str:
+    """Return the end of a parameter's name that tells it from others: its module's and its own."""
+    return ".".join(name.split(".")[-2:])
+
+
+def _counted(experts: Mapping[str, Stack]) -> str:
+    """Say which parameters, by pattern of name and shape."""
+    counts: dict[tuple[str, tuple[int, ...]], int] = {}
+    for name, stack in experts.items():
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name), tuple(stack.weight.shape)
+        counts[pattern] = counts.get(pattern, 0) + 1
+    said = [f"{name} ({count}, of shape {shape})" for (name, shape), count in counts.items()]
     more = [f"and {len(said) - _MOST_SAID} more"] if len(said) > _MOST_SAID else []
     return ", ".join(said[:_MOST_SAID] + more)
+
+
+def _resolve_parameters(
+    model: nn.Module, names: Iterable[str], saved: tuple[str, ...]
+) -> dict[str, tuple[int, int]]:
+    """Return the in and out features of the experts' parameters that are meant, by name."""
+    wanted = _names("target_parameters", "a list of names", names)
+    found = stacks(model) if wanted else {}
+    by_end: dict[str, list[str]] = {}
+    for name in found:
+        for end in ends(name):
+            by_end.setdefault(end, []).append(name)
+    chosen: dict[str, tuple[int, int]] = {}
+    for target in wanted:
+        its = by_end.get(target, [])
+        if not its:
+            shapes = [tuple(p.shape) for n, p in model.named_parameters() if matches([target], n)]
+            got = f"one of shape {shapes[0]}" if shapes else "no parameter of that name"
+            raise ValueError(
+                f"c3a.patch_model: target_parameters: expected {target!r} to be a parameter with a "
+                f"matrix for each expert, got {got}; there are: {_counted(found) or 'none'}"
+            )
+        for name in its:
+            if (dtype := found[name].weight.dtype) not in SUPPORTED_DTYPES:
+                raise TypeError(
+                    f"c3a.patch_model: {name}: expected one of {SUPPORTED_DTYPES}, got {dtype}"
+                )
+            if not _within(name, saved):
+                chosen[name] = found[name].features
+    chosen = {name: chosen[name] for name in found if name in chosen}
+    if wanted and not chosen:
+        raise ValueError(
+            f"c3a.patch_model: all that target_parameters {wanted} matched is in modules_to_save "
+            f"{list(saved)}, and is trained whole instead of adapted"
+        )
+    return chosen
 
 
 def _check_kind(block_size: object) -> None:
@@ -743,7 +817,7 @@ def _resolve_targets(
                 if end in missing and not is_lazy(parameter)
             }
             parameters = "".join(
-                f" ({end} is a parameter of shape {shape}: layers are adapted, no bare parameters)"
+                f" ({end} is a parameter of shape {shape}: target_parameters adapts experts')"
                 for end, shape in shapes.items()
             )
             raise ValueError(

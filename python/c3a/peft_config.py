@@ -6,7 +6,7 @@ The library is imported only to ask it which modules it would choose.
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
@@ -82,14 +82,19 @@ def meaning_of(config: Any, model: nn.Module) -> Meaning:
             f"{_WHO}.target_modules: expected to match modules, {shown(config.target_modules)} "
             "matches none that the other settings leave"
         )
+    return Meaning(block_sizes_of(config, chosen), saved, init, task)
+
+
+def block_sizes_of(config: Any, names: Iterable[str]) -> dict[str, int]:
+    """Return the block sizes that a configuration gives to what has these names."""
     pattern = getattr(config, "block_size_pattern", None) or {}
-    sizes = {name: _block_size_of(pattern, config.block_size, name) for name in chosen}
+    sizes = {name: _block_size_of(pattern, config.block_size, name) for name in names}
     for name, size in sizes.items():
         if not is_count(size):
             raise ValueError(
                 f"{_WHO}.block_size: expected a whole number >= 1, got {shown(size)} for {name}"
             )
-    return Meaning(sizes, saved, init, task)
+    return sizes
 
 
 def _refuse_the_rest(config: Any) -> None:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from . import adapter_files
 from .adapter import adapter_of, kernel_of, load_adapter, warn_of_what_peft_cannot_load
 from .adapter_files import CONFIG, said_by
+from .experts import ADAPTERS, C3AExperts, adapted_experts, plain_class
 from .files import replacing_in
 from .linear import C3ALinear
-from .patch import adapted_layers, as_trained
+from .patch import adapters, as_trained
 
 _WHO = "c3a: save_pretrained"
+_RENAMING = "_c3a_renaming"
 _NO_SUCH_FOLDER = "no-adapter"
 # What PEFT's configurations call the tasks that a class of transformers says in its name.
 _TASKS = {
@@ -72,9 +74,11 @@ def take_over(model: nn.Module) -> None:
     """Give every model of transformers within a patched one a ``save_pretrained`` that knows it."""
     library: Any = sys.modules.get("transformers.modeling_utils")
     for part in model.modules() if library else ():
-        if isinstance(part, library.PreTrainedModel) and adapted_layers(part):
+        if isinstance(part, library.PreTrainedModel) and adapters(part):
             # goes with the model where that is copied or pickled
             part.__dict__.setdefault("save_pretrained", partial(save_pretrained, part))
+            if adapted_experts(part) and _RENAMING not in part.__dict__:
+                part.__dict__[_RENAMING] = part.register_load_state_dict_pre_hook(_take_renamed)
 
 
 def give_back(model: nn.Module) -> None:
@@ -82,6 +86,30 @@ def give_back(model: nn.Module) -> None:
     for part in model.modules():
         if getattr(part.__dict__.get("save_pretrained"), "func", None) is save_pretrained:
             del part.__dict__["save_pretrained"]
+        if handle := part.__dict__.pop(_RENAMING, None):
+            handle.remove()
+
+
+def _take_renamed(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Let the names in a model's files fit, which Trainer resumes from.
+
+    Files of some models (Mixtral's) have other names for what holds the experts: a kernel is known
+    by the numbers in its name and what follows the last of its modules.
+    """
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for key in state_dict:
+        if f".{ADAPTERS}." in key:
+            alike.setdefault(_known_by(key), []).append(key)
+    for name, _parameter in model.named_parameters(prefix.rstrip(".")):
+        if f".{ADAPTERS}." in name and name not in state_dict:
+            found = alike.get(_known_by(name), [])
+            if len(found) == 1:
+                state_dict[name] = state_dict.pop(found[0])
+
+
+def _known_by(name: str) -> tuple[str, ...]:
+    before, _, after = name.partition(f".{ADAPTERS}.")
+    return *(part for part in before.split(".") if part.isdecimal()), after
 
 
 def save_pretrained(
@@ -111,7 +139,7 @@ def save_pretrained(
                 f"expected {unable[0]}=False for a patched model, whose adapter is written "
                 "beside it (model.push_to_hub sends both)"
             )
-        layers = adapted_layers(model)
+        layers = adapters(model)
         is_merged = _is_merged(layers)
         if is_merged and (folder / CONFIG).exists():
             raise ValueError(
@@ -147,7 +175,7 @@ def _task_of(model: nn.Module) -> str | None:
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
-def _is_merged(layers: Mapping[str, C3ALinear]) -> bool:
+def _is_merged(layers: Mapping[str, C3ALinear | C3AExperts]) -> bool:
     names: dict[bool, list[str]] = {True: [], False: []}
     for name, layer in layers.items():
         names[layer.merged].append(name)
@@ -165,7 +193,7 @@ def _base_of(model: nn.Module, is_merged: bool) -> nn.Module:
     Unless merged, a layer has its kernel as one more parameter. Only modules above an adapted layer
     are copied; the model itself is not touched, so it may run meanwhile.
     """
-    names = {id(layer): name for name, layer in adapted_layers(model).items()}
+    names = {id(layer): name for name, layer in adapters(model).items()}
     made: dict[int, nn.Module] = {}
 
     def without_adapters(module: nn.Module) -> nn.Module:
@@ -180,6 +208,8 @@ def _base_of(model: nn.Module, is_merged: bool) -> nn.Module:
                 kernel = kernel_of(names[id(module)], module)
                 own["c3a_kernel"] = nn.Parameter(kernel, requires_grad=False)
             return _copied(module.base_layer, _parameters=own)
+        if is_merged and ADAPTERS in module._modules:
+            return _with_merged_experts(module)
         children = {
             name: child and without_adapters(child) for name, child in module._modules.items()
         }
@@ -188,6 +218,14 @@ def _base_of(model: nn.Module, is_merged: bool) -> nn.Module:
         return _copied(module, _modules=children)
 
     return without_adapters(model)
+
+
+def _with_merged_experts(module: nn.Module) -> nn.Module:
+    merged = {name: adapter.merged_weight for name, adapter in adapted_experts(module).items()}
+    copy = _copied(module, _parameters=merged)
+    copy.__class__ = plain_class(module)
+    copy._modules = {name: m for name, m in module._modules.items() if name != ADAPTERS}
+    return copy
 
 
 def _copied(module: nn.Module, **more: dict[str, Any]) -> nn.Module:
@@ -228,6 +266,10 @@ def _in_base_names(
             renamed.pop(f"{name}.c3a_kernel", None)
             if f"{name}.weight" in renamed:
                 renamed[f"{name}.weight"] = _merged_weight(layer).detach()
+        renamed = {key: t for key, t in renamed.items() if f".{ADAPTERS}." not in f".{key}"}
+        for name, adapter in adapted_experts(model).items():
+            if name in renamed:
+                renamed[name] = adapter.merged_weight.detach()
     return renamed
 
 

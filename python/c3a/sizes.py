@@ -58,7 +58,9 @@ def auto_block_size(in_features: int, out_features: int, rank: int) -> int:
     )
 
 
-def check_block_size(block_size: object, in_features: int, out_features: int, pad: bool) -> None:
+def check_block_size(
+    block_size: object, in_features: int, out_features: int, pad: bool, may_pad: bool = True
+) -> None:
     """Raise ValueError, with the sizes that would do, unless ``block_size`` fits the layer."""
     if isinstance(block_size, bool) or not isinstance(block_size, Integral) or block_size < 1:
         raise ValueError(f"expected block_size to be an integer >= 1, got {block_size!r}")
@@ -72,7 +74,7 @@ def check_block_size(block_size: object, in_features: int, out_features: int, pa
         fits = ", ".join(str(b) for b in common_divisors(in_features, out_features))
         raise ValueError(
             f"block_size {block_size} does not divide in_features = {in_features} and out_features "
-            f"= {out_features}; these do: {fits} (or pass pad=True)"
+            f"= {out_features}; these do: {fits}" + (" (or pass pad=True)" if may_pad else "")
         )
 
 

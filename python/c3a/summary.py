@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .patch import adapted_layers
+from .patch import adapters
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapted layer: sizes in features, parameters as counts."""
+    """One adapted layer, or parameter of experts: sizes in features, parameters as counts."""
 
     name: str
     in_features: int
@@ -17,6 +17,7 @@ class LayerSummary:
     block_size: int
     parameters: int
     merged: bool
+    experts: int = 1  # each with matrices of these sizes
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Summary:
         header = ("layer", "in", "out", "block size", "parameters")
         rows = [
             (
-                layer.name + (" (merged)" if layer.merged else ""),
+                layer.name
+                + (f" ({layer.experts} experts)" if layer.experts > 1 else "")
+                + (" (merged)" if layer.merged else ""),
                 str(layer.in_features),
                 str(layer.out_features),
                 str(layer.block_size),
@@ -74,8 +77,9 @@ def summary(model: nn.Module) -> Summary:
             layer.block_size,
             layer.c3a_kernel.numel(),
             layer.merged,
+            len(layer.c3a_kernel) if layer.c3a_kernel.ndim == 4 else 1,
         )
-        for name, layer in adapted_layers(model).items()
+        for name, layer in adapters(model).items()
     )
     parameters = list(model.parameters())
     return Summary(

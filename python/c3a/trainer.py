@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter import save_adapter
 from .adapter_files import WEIGHTS
 from .distributed import is_sharded
-from .patch import adapted_layers
+from .patch import adapters
 from .sizes import is_count
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: "TrainerState", control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        if not adapted_layers(model):
+        if not adapters(model):
             raise ValueError(
                 "c3a.trainer.AdapterCallback: the model has no C3ALinear layer; patch it before "
                 "training"

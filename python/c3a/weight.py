@@ -6,20 +6,26 @@ must not add anything up; some of it to compute with, which must not leave the a
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _private
+
+_T = TypeVar("_T", bound="AdaptedWeight")
 
 
 class _Layer(Protocol):
     """What is asked of a ``C3ALinear``."""
 
-    base_layer: Any  # with a weight
-    c3a_kernel: nn.Parameter
     scale: float
+
+    @property
+    def base_layer(self) -> Any: ...  # with a weight
+
+    @property
+    def c3a_kernel(self) -> Tensor: ...
 
     def add_delta(self, weight: Tensor, kernel: Tensor) -> Tensor: ...
 
@@ -37,12 +43,12 @@ class AdaptedWeight(Tensor):
 
     @staticmethod
     def __new__(
-        cls,
+        cls: type[_T],
         like: Tensor,
         device: torch.device,
         sum: Callable[[], Tensor],
         addends: tuple[Tensor, ...] = (),
-    ) -> "AdaptedWeight":
+    ) -> _T:
         self = _private.tensor_without_memory(cls, like, device)
         self._sum, self._addends = sum, addends
         return self
@@ -126,24 +132,26 @@ class _Read(torch.autograd.Function):
     if TYPE_CHECKING:  # torch's takes anything
 
         @classmethod
-        def apply(cls, layer: _Layer, weight: Tensor, kernel: Tensor) -> Tensor: ...
+        def apply(cls, layer: _Layer, kind: type[_T], weight: Tensor, kernel: Tensor) -> _T: ...
 
     @staticmethod
-    def forward(ctx: Any, layer: _Layer, weight: Tensor, kernel: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, layer: _Layer, kind: type[AdaptedWeight], weight: Tensor, kernel: Tensor
+    ) -> Tensor:
         ctx.layer = layer
         addends = (weight, kernel)
         total = partial(_sum, layer, _state_of(layer), *addends)
-        return AdaptedWeight(weight, weight.device, total, addends)
+        return kind(weight, weight.device, total, addends)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor | None, Tensor]:
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, Tensor]:
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             # The sum is linear in it: any kernel of its shape gives the gradient.
             kernel = ctx.layer.c3a_kernel.detach().requires_grad_()
             delta = ctx.layer.add_delta(torch.zeros_like(g), kernel)
         (of_kernel,) = torch.autograd.grad(delta, kernel, g, create_graph=again)
-        return None, g if ctx.needs_input_grad[1] else None, of_kernel
+        return None, None, g if ctx.needs_input_grad[2] else None, of_kernel
 
 
 @torch.no_grad()
@@ -155,9 +163,9 @@ def _sum(layer: _Layer, state: tuple[object, ...], weight: Tensor, kernel: Tenso
     return layer.add_delta(weight, kernel)
 
 
-def read(layer: _Layer) -> Tensor:
+def read(layer: _Layer, kind: type[_T]) -> _T:
     """Return an adapted layer's weight: differentiable in kernel and base weight."""
-    return _Read.apply(layer, layer.base_layer.weight, layer.c3a_kernel)
+    return _Read.apply(layer, kind, layer.base_layer.weight, layer.c3a_kernel)
 
 
 def _state_of(layer: _Layer) -> tuple[object, ...]:

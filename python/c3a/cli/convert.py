@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .options import block_size
+
 _SHOWN = 3
 
 
@@ -16,7 +18,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add = parser.add_argument
     add("source", type=Path, help="a LoRA adapter's folder, or a fine-tuned checkpoint")
     add("output", type=Path, help="the folder to write")
-    add("--block-size", required=True, help="a number that divides all sides, or auto")
+    add(
+        "--block-size",
+        type=block_size,
+        required=True,
+        help="a number that divides all sides, or auto",
+    )
     add("--rank", type=int, default=8, help="for --block-size auto (default: 8)")
     add("--base", type=Path, help="the checkpoint that the source was fine-tuned from")
     add(
@@ -45,7 +52,6 @@ def run(options: argparse.Namespace) -> None:
     from .inspect import in_order, print_table, shortened
     from .progress import tracker
 
-    block_size = _block_size(options.block_size)
     track = tracker("converting")
     if options.base is None:
         for name in ("target_modules", "modules_to_save", "fan_in_fan_out"):
@@ -55,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
                     "says it itself"
                 )
         found = convert.from_lora(
-            options.source, options.output, block_size, rank=options.rank, track=track
+            options.source, options.output, options.block_size, rank=options.rank, track=track
         )
     else:
         if not options.target_modules:
@@ -64,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
             options.base,
             options.source,
             options.output,
-            block_size,
+            options.block_size,
             target_modules=options.target_modules,
             modules_to_save=options.modules_to_save or (),
             fan_in_fan_out=options.fan_in_fan_out,
@@ -84,12 +90,3 @@ def run(options: argparse.Namespace) -> None:
             f"{', '.join(shortened(names, 60))}{more}"
         )
     print(f"relative error in all {found.error:.4f}; written to {options.output}")
-
-
-def _block_size(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"expected --block-size to be a number or auto, got {text!r}") from None

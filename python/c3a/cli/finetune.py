@@ -5,6 +5,8 @@ import json
 import time
 from pathlib import Path
 
+from .options import block_size
+
 _TOO_MUCH = 2**31
 _METHODS = ("c3a", "lora", "bitfit", "head", "full")
 
@@ -36,7 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add(
         "--block-size",
-        type=_block_size,
+        type=block_size,
         default="auto",
         help="of C3A (default: auto, the common divisor nearest to sqrt(in * out) / rank)",
     )
@@ -61,15 +63,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--output", type=Path, help="a new folder, or that of an earlier run (default: not saved)")
     add("--compile", action="store_true", help="train under torch.compile")
     parser.set_defaults(run=run)
-
-
-def _block_size(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
 def run(options: argparse.Namespace) -> None:

@@ -47,9 +47,11 @@ def run(options: argparse.Namespace) -> None:
         _check_kernel(kernel, f"{options.adapter}: {layer}")
     rows, spectra = [], {}
     for layer, kernel in sorted(found.items(), key=lambda item: in_order(item[0])):
-        m, n, b = kernel.shape
-        sigma = singular_values(kernel) / (n * b)
-        full_rank = rank(kernel)
+        m, n, b = kernel.shape[-3:]
+        of_each = kernel.reshape(-1, m, n, b)  # experts have one each
+        sigma = torch.cat([singular_values(k) for k in of_each]) / (n * b)
+        sigma = sigma.sort(descending=True).values
+        full_rank = sum(rank(k) for k in of_each)
         spectra[layer] = sigma[:full_rank]  # the others are rounding
         sizes = (str(n * b), str(m * b), str(b), f"{kernel.numel():,}")
         rows.append((layer, *sizes, f"{sigma.norm():.3g}", f"{full_rank}/{len(sigma)}"))
