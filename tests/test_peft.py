@@ -691,10 +691,16 @@ def test_a_deleted_adapter_leaves_no_prepared_kernel_behind(accelerated):
     model, x = made(("default", "other")).eval(), torch.randn(2, 24)
     with torch.no_grad():
         model(x, adapter_names=["default", "other"])
-    kept = weakref.ref(layers(model)[0]._c3a_prepared["other"])
-    assert kept() is not None
+        model.set_adapter("other")
+        model(x)
+        model.set_adapter("default")
+    layer = layers(model)[0]
+    prepared = layer._c3a_prepared["other"], *layer._c3a_stacks.values()
+    kept = [weakref.ref(one) for one in prepared]
+    del prepared
+    assert len(kept) == 3
     model.delete_adapter("other")
-    assert kept() is None
+    assert [one() for one in kept] == [None] * 3
     assert_near(model(x), of_net(model, x, "default"))
 
 
