@@ -697,6 +697,7 @@ def test_a_deleted_adapter_leaves_no_prepared_kernel_behind(accelerated):
     kept = [weakref.ref(prepared) for prepared in found]
     del found
     assert len(kept) == 3  # the active one, and a stack for each block size
+    model.set_adapter("default")
     model.delete_adapter("other")
     assert not any(prepared() for prepared in kept)
     assert_near(model(x), of_net(model, x, "default"))
