@@ -598,7 +598,7 @@ HOSTILE = {
     ),
     "a kernel without numbers": (
         lambda f, t: edit_tensors(f, t, lambda t: t.update({QUERY: torch.zeros(2, 0, 6)})),
-        rf"{QUERY}: expected a shape \(m, n, b\), got \(2, 0, 6\)",
+        rf"{QUERY}: expected a shape \(m, n, b\), or .*, got \(2, 0, 6\)",
     ),
     "a head of whole numbers": (
         lambda f, t: edit_tensors(f, t, lambda t: t.update({BIAS: t[BIAS].int()})),

@@ -8,7 +8,6 @@ only what else is done with the weight needs the sum of the matrices.
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -91,6 +90,10 @@ class C3AExperts(nn.Module):
         merged: whether they compute with a copy of the parameter that holds the adapters.
     """
 
+    in_features: int
+    out_features: int
+    block_size: int
+    init: str
     c3a_kernel: nn.Parameter
 
     def __init__(
@@ -113,7 +116,7 @@ class C3AExperts(nn.Module):
         shape = (len(stack.weight), *kernel_shape(*stack.features, self.block_size))
         device = adapted.kernel_device(stack.owner)
         self.c3a_kernel = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.enabled = True
+        self.enabled: bool = True
         self._merged: list[nn.Parameter] = []
         self.train(stack.owner.training)
         self.reset_parameters()
@@ -288,6 +291,10 @@ def _transposed(kernels: Tensor) -> Tensor:
     return kernels.transpose(-3, -2).flip(-1).roll(1, -1)
 
 
+class _Base(NamedTuple):
+    weight: Tensor
+
+
 class _Matrices:
     """Matrices and the kernels of what is added to them, in the words of ``c3a.weight``.
 
@@ -306,14 +313,13 @@ class _Matrices:
         is_turned: bool,
         index: Tensor | None = None,
     ) -> None:
-        self.base_layer = SimpleNamespace(weight=weight)
+        self.plain = weight
         self.c3a_kernel, self.scale = kernel, scale
         self.is_turned, self.index = is_turned, index
 
     @property
-    def plain(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight
-        return weight
+    def base_layer(self) -> "_Base":
+        return _Base(self.plain)
 
     def add_delta(self, weight: Tensor, kernel: Tensor) -> Tensor:
         delta = _delta(kernel if self.index is None else kernel[self.index], self.scale)

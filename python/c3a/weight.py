@@ -13,17 +13,16 @@ from torch import Tensor
 
 from . import _private
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 _T = TypeVar("_T", bound="AdaptedWeight")
 
 
 class _Layer(Protocol):
     """What is asked of a ``C3ALinear``."""
 
-    base_layer: Any  # with a weight
     scale: float
+
+    @property
+    def base_layer(self) -> Any: ...  # with a weight
 
     @property
     def c3a_kernel(self) -> Tensor: ...
@@ -44,12 +43,12 @@ class AdaptedWeight(Tensor):
 
     @staticmethod
     def __new__(
-        cls,
+        cls: type[_T],
         like: Tensor,
         device: torch.device,
         sum: Callable[[], Tensor],
         addends: tuple[Tensor, ...] = (),
-    ) -> "Self":
+    ) -> _T:
         self = _private.tensor_without_memory(cls, like, device)
         self._sum, self._addends = sum, addends
         return self
