@@ -274,9 +274,49 @@ C3A_INLINE void multiply_rows(const Multiplication<T, S>& p, const S* a, const S
   }
 }
 
+// One row of at most half a register's columns, in Q slots at a time: so few numbers take longer to
+// load than to multiply, and a sum alone longer to add up.
+template <class T, class S, Product kProduct, int Q>
+C3A_INLINE void multiply_narrow(const Multiplication<T, S>& p, int64_t slot) {
+  using A = Arithmetic<S>;
+  using V = typename VectorOf<T, kVectorBytes / 2>::type;
+  const S* a = p.a.data + slot * p.a.slot;
+  const S* b = p.b.data + slot * p.b.slot;
+  T* c = p.c.data + slot * p.c.slot;
+  Complex<T, V> sum[Q] = {};
+  for (int64_t s = 0; s < p.terms; ++s) {
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      const auto x = A::template scalar<V>(a + q * p.a.slot, p.a.imaginary);
+      auto y = A::template read<kProduct, V>(b + q * p.b.slot, p.b.imaginary);
+      A::keep(y);
+      A::template add<kProduct>(sum[q], x, y);
+    }
+    a += p.a.column;
+    b += p.b.row;
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+    T* to = c + q * p.c.slot;
+    Complex<T, V> total = sum[q];
+    if (p.accumulate) {
+      total = total + Complex<T, V>{load<V>(to), load<V>(to + p.c.imaginary)};
+    }
+    store(to, total.re);
+    store(to + p.c.imaginary, total.im);
+  }
+}
+
 template <class T, class S, Product kProduct>
 void multiply_slots(const Multiplication<T, S>& p, int64_t first, int64_t last, Ahead& ahead) {
   constexpr int L = kLanes<T>, U = kTileVectors;
+  if constexpr (kVectorBytes > 16) {
+    if (p.rows == 1 && p.columns <= L / 2) {
+      for (; last - first >= 2; first += 2) multiply_narrow<T, S, kProduct, 2>(p, first);
+      if (first < last) multiply_narrow<T, S, kProduct, 1>(p, first);
+      return;
+    }
+  }
   for (int64_t q = first; q < last; ++q) {
     // All that is left by the end.
     prefetch(ahead.soon, (ahead.soon.end - ahead.soon.begin) / (64 * (last - q)) + 1);

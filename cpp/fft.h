@@ -16,13 +16,13 @@
 
 namespace c3a::cpu::C3A_LEVEL {
 
-template <class T>
+template <class T, class V = Vec<T>>
 struct Complex {
-  Vec<T> re, im;
+  V re, im;
 };
 
-template <class T>
-C3A_INLINE Complex<T> operator+(const Complex<T>& a, const Complex<T>& b) {
+template <class T, class V>
+C3A_INLINE Complex<T, V> operator+(const Complex<T, V>& a, const Complex<T, V>& b) {
   return {a.re + b.re, a.im + b.im};
 }
 template <class T>

@@ -691,10 +691,15 @@ def test_a_deleted_adapter_leaves_no_prepared_kernel_behind(accelerated):
     model, x = made(("default", "other")).eval(), torch.randn(2, 24)
     with torch.no_grad():
         model(x, adapter_names=["default", "other"])
-    kept = weakref.ref(layers(model)[0]._c3a_prepared["other"])
-    assert kept() is not None
+        model.set_adapter("other")
+        model(x)
+    found = [*layers(model)[0]._c3a_prepared.values(), *layers(model)[0]._c3a_stacks.values()]
+    kept = [weakref.ref(prepared) for prepared in found]
+    del found
+    assert len(kept) == 3  # the active one, and a stack for each block size
+    model.set_adapter("default")
     model.delete_adapter("other")
-    assert kept() is None
+    assert not any(prepared() for prepared in kept)
     assert_near(model(x), of_net(model, x, "default"))
 
 

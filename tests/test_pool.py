@@ -13,7 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 import c3a
@@ -140,6 +147,29 @@ def test_conv1d_and_layers_that_stand_in_two_places_are_served(tmp_path):
     assert model[0] is model[2]
 
 
+class WithoutWeight(nn.Module):
+    """As quantised layers are: integers in buffers."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", (linear.weight.detach() * 64).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.qweight.to(x.dtype) / 64).T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_without_a_dense_weight_are_served(tmp_path, dtype):
+    model = nn.Sequential(WithoutWeight(nn.Linear(16, 8)))
+    folders, tuned = saved(model, tmp_path, "ab", targets=["0"])
+    pool = c3a.AdapterPool(model, max_bytes=SIZE, folders=folders)
+    x = torch.randn(2, 3, 16).to(dtype)
+    with pool.rows(["b", "a"]), torch.no_grad():
+        near(model(x), row_by_row(tuned, "ba", x), 1e-5 if dtype == torch.float32 else 0.02)
+    assert not hasattr(model[0], "weight")
+
+
 def test_rows_take_the_place_of_a_patched_models_own_adapter(tmp_path):
     base = Net()
     folders, tuned = saved(base, tmp_path, "ab", targets=["down"])
@@ -151,6 +181,8 @@ def test_rows_take_the_place_of_a_patched_models_own_adapter(tmp_path):
         assert torch.equal(model(x), own)
         with pool.rows(["b", None, "a"]):
             near(model(x), row_by_row(tuned, ["b", None, "a"], x))
+            assert torch.equal(model.up.weight, base.up.weight)
+        assert not torch.equal(model.up.weight, base.up.weight)
         with pytest.raises(ValueError, match=r"is a c3a.AdapterPool's; call the pool's close\(\)"):
             c3a.save_adapter(model, tmp_path / "again")
         pool.close()
@@ -397,7 +429,7 @@ def test_errors_say_what_was_expected_and_change_nothing(tmp_path):
         (
             "other",
             ValueError,
-            "'other': .* expected a linear layer of the model's at 0, got nothing",
+            "'other': .* expected a linear layer of the model's at 0, got none",
         ),
         ("narrow", ValueError, r"down: expected shape \(3, 6, 4\) at block size 4 for 24 features"),
         ("heads", ValueError, r"tensors beside kernels \('head.bias', 'head.weight'\), which rows"),
@@ -414,6 +446,19 @@ def test_errors_say_what_was_expected_and_change_nothing(tmp_path):
         assert pool.nbytes == size
     with pool.rows(["b", "a"]), torch.inference_mode():
         near(model(x), row_by_row(tuned, "ba", x))
+
+
+def test_adapters_of_experts_are_refused(tmp_path):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    patched = save(model, tmp_path, targets=["q_proj"], target_parameters=["experts.down_proj"])
+    pool = c3a.AdapterPool(model, max_bytes=SIZE, folders={"a": tmp_path})
+    with pytest.raises(ValueError, match="linear layer .*experts.down_proj, got a parameter of ex"):
+        pool.rows(["a"]).__enter__()
+    assert pool.nbytes == 0
+    with pytest.raises(ValueError, match=r"own adapter is in experts \(model.*experts.down_proj\)"):
+        c3a.AdapterPool(patched, max_bytes=SIZE)
 
 
 def test_wrong_arguments_and_calls_are_said(tmp_path):
@@ -437,6 +482,8 @@ def test_wrong_arguments_and_calls_are_said(tmp_path):
             pool.rows(["a"]).__enter__()
         with pytest.raises(RuntimeError, match="expected a call without gradients"):
             model(torch.randn(2, 24, requires_grad=True))
+    with pool.rows(["a"]), torch.no_grad(), pytest.raises(ValueError, match=r"got \(24,\)"):
+        model(torch.randn(24))
     with pool.rows(["a", "b"], beams=2), torch.no_grad():
         model(torch.randn(2, 24))
         model(torch.randn(4, 24))
@@ -463,11 +510,20 @@ def test_a_name_that_is_registered_again_or_removed_means_so_from_the_next_rows_
     folders, tuned = saved(model, tmp_path, "ab")
     pool = c3a.AdapterPool(model, max_bytes=SIZE, folders=folders)
     x = torch.randn(1, 24)
+
+    def load_b():
+        with pool.rows(["b"]):
+            pass
+
     with torch.inference_mode():
         with pool.rows(["a"]):
             pool.register("a", folders["b"])
-            near(model(x), row_by_row(tuned, "a", x))
             assert pool.resident == ()
+            thread = threading.Thread(target=load_b)  # not in the place of what is in use
+            thread.start()
+            thread.join(30)
+            assert pool.resident == ("b",)
+            near(model(x), row_by_row(tuned, "a", x))
         with pool.rows(["a"]):
             near(model(x), row_by_row(tuned, "b", x))
             pool.remove("a")

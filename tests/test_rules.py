@@ -123,7 +123,8 @@ def test_opcheck_passes_for_every_operator(dtype, device):
             OPS.block_circ_conv_backward_add_,
             (x.detach().clone(), g.detach(), x.detach(), w.detach(), 0.5),
         ),
-        (OPS.block_circ_conv_backward_add_, (x.detach().clone(), g, x, w)),
+        # w has no gradient eagerly and zeros by AOTAutograd, which opcheck sees from torch 2.15 on.
+        (OPS.block_circ_conv_backward_add_, (x.detach().clone(), g, x, w.detach())),
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)

@@ -173,7 +173,7 @@ class AcceleratedC3ALinear(_layer.C3ALinear):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.__dict__.get("_c3a_prepared", {}).pop(adapter_name, None)
+        self._drop_prepared()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         self._drop_prepared()

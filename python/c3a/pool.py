@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import adapted, adapter_files, autograd, distributed
 from ._library import OPS as _OPS
 from .adapter_files import said_by
+from .experts import adapted_experts
 from .linear import C3ALinear
 from .names import shown
 from .patch import adapted_layers, peft_layer, replace_children, unwrapped
@@ -94,7 +95,7 @@ class _Rows:
                 f"{_WHO}: expected a call without gradients, under torch.inference_mode() or "
                 "torch.no_grad(): the pool's kernels are prepared for serving only"
             )
-        found = len(x) if x.ndim > 1 else 1
+        found = len(x) if x.ndim > 1 else None
         if found == self.count:
             return groups
         if found != self.count * self.beams:
@@ -120,6 +121,8 @@ class PooledLinear(nn.Module):
     It has no parameters beside its base layer's, and is not seen in state dicts.
     """
 
+    in_features: int
+    out_features: int
     base_layer: nn.Module
     in_features: int
     out_features: int
@@ -166,8 +169,9 @@ class PooledLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's, which within ``rows`` tells dtype, device and shape only."""
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
         rows = self._rows
+        base: Any = self.base_layer if rows is None else self.unadapted
+        weight: Tensor = base.weight
         if rows is None or self not in rows.of_layer or not isinstance(weight, Tensor):
             return weight
 
@@ -217,7 +221,8 @@ class AdapterPool:
 
     Raises:
         ValueError: ``max_bytes`` is no whole number >= 1; the model is sharded, merged, in a pool,
-            or holds the PEFT library's adapters (whose calls take ``adapter_names`` instead).
+            or holds the PEFT library's adapters (whose calls take ``adapter_names`` instead) or
+            adapted experts.
 
     >>> import c3a, copy, torch
     >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -258,6 +263,11 @@ class AdapterPool:
             own = adapted_layers(self._model)
             if any(layer.merged for layer in own.values()):
                 raise ValueError("the model is merged; call c3a.unmerge first")
+            if experts := adapted_experts(self._model):
+                raise ValueError(
+                    f"the model's own adapter is in experts ({next(iter(experts))}), where rows "
+                    "cannot take its place; call c3a.unpatch_model first"
+                )
         self._max_bytes = max_bytes
         self._folders: dict[str, Path] = {}
         # Guards all that follows, and tells of rows that end.
@@ -499,7 +509,8 @@ class AdapterPool:
         for name, kernel in kernels.items():
             sizes = features(modules[name]) if name in modules else None
             if sizes is None:
-                what = f"a {type(modules[name]).__name__}" if name in modules else "nothing"
+                what = f"a {type(modules[name]).__name__}" if name in modules else "none"
+                what = "a parameter of experts" if kernel.ndim == 4 else what
                 problems.append(f"expected a linear layer of the model's at {name}, got {what}")
                 continue
             expected = kernel_shape(*sizes, kernel.shape[-1])
