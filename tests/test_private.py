@@ -52,6 +52,7 @@ ATTRIBUTES = [
     "torch.Tensor._use_count",
     "torch.Tensor._version",
     "torch.UntypedStorage._cdata",
+    "torch.compiler._is_exporting_flag",
     "torch._ops.OpOverload.redispatch",
     "torch._ops.OpOverload._schema",
     "torch.nn.Module._backward_hooks",

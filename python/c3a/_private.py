@@ -56,6 +56,7 @@ __all__ = [
     "has_tangent",
     "in_transform",
     "is_batch_of_gradients",
+    "is_exporting",
     "is_ordinary",
     "is_plain",
     "is_sole_owner",
@@ -126,6 +127,14 @@ def below_version_counting(op: Overload, keyset: DispatchKeySet, *args: Any) -> 
     """Call what the dispatcher has below the ADInplaceOrView kernel."""
     with _AutoDispatchBelowADInplaceOrView():
         return op.redispatch(keyset & _after_ADInplaceOrView_keyset, *args)
+
+
+def is_exporting() -> bool:
+    """Return what ``torch.compiler.is_exporting`` does.
+
+    That function is true to the compiler of torch 2.10 whenever it compiles.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def is_batch_of_gradients(t: Tensor) -> bool:

@@ -214,8 +214,7 @@ def _traced_linear(
 
     Not in ``torch.export``, whose graphs are for others to read.
     """
-    compiler = torch.compiler
-    if not compiler.is_compiling() or compiler.is_exporting() or pad != (0, 0):
+    if not torch.compiler.is_compiling() or _private.is_exporting() or pad != (0, 0):
         return None
     frozen = _private.frozen_linear(base)
     if frozen and (frozen[0].dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):

@@ -734,7 +734,7 @@ def linear_rule(op: _private.Overload) -> _Function:
             _needs_graph(weight, bias)
             or _private.in_transform()
             or _private.has_tangent(*tensors)
-            or torch.compiler.is_exporting()  # to a graph for others, who know no writes in place
+            or _private.is_exporting()  # to a graph for others, who know no writes in place
         ):
             return linear_as_a_sum(x, weight, bias, w, scale)
         if _needs_graph(x, w):
