@@ -124,8 +124,6 @@ class PooledLinear(nn.Module):
     in_features: int
     out_features: int
     base_layer: nn.Module
-    in_features: int
-    out_features: int
 
     def __init__(self, base_layer: nn.Module, pool: "AdapterPool") -> None:
         super().__init__()
