@@ -639,7 +639,6 @@ def test_a_compiled_model_is_right_or_refused(tmp_path):
         for names in ("ab", "ba"):
             with pool.rows(list(names)):
                 near(compiled(x), row_by_row(tuned, names, x))
-        torch.compiler.reset()
-        whole = torch.compile(model, backend="eager", fullgraph=True)
-        with pool.rows(["a", "b"]), pytest.raises(Exception, match="AdapterPool: expected eager"):
-            whole(x)
+        # Not by fullgraph=True: a compilation that fails leaves the compiler's hook on every frame.
+        with pool.rows(["a", "b"]), pytest.raises(RuntimeError, match="AdapterPool: expected eage"):
+            torch.export.export(model, (x,), strict=False)
