@@ -71,3 +71,16 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     norm = expected.norm().item()
     difference = (got.double() - expected).norm().item()
     return difference / norm if norm else difference
+
+
+class Net(torch.nn.Module):
+    """Three layers, of which adapters take ``down`` and ``up``."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = torch.nn.Linear(24, 12)
+        self.up = torch.nn.Linear(12, 24)
+        self.head = torch.nn.Linear(24, 4)
+
+    def forward(self, x):
+        return self.head(self.up(self.down(x).relu()).relu())

@@ -25,20 +25,9 @@ from transformers.pytorch_utils import Conv1D
 
 import c3a
 from c3a.adapter_files import CONFIG, WEIGHTS
-from cases import relative_error
+from cases import Net, relative_error
 
 SIZE = 64 * 1024
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.down = nn.Linear(24, 12)
-        self.up = nn.Linear(12, 24)
-        self.head = nn.Linear(24, 4)
-
-    def forward(self, x):
-        return self.head(self.up(self.down(x).relu()).relu())
 
 
 @pytest.fixture(autouse=True)

@@ -537,12 +537,12 @@ def test_trainer_resumes_from_checkpoints_without_the_base(bert, tmp_path, caplo
     )
 
 
-def test_trainer_takes_the_best_of_checkpoints_without_the_base(bert, tmp_path):
-    model = patched(bert, init="zeros")
+def trained_to_a_best_third_step(model, folder, callback):
+    """Train; of the evaluations after steps 3 and 6 the first one is the better."""
     trainer = trainer_of(
         model,
-        tmp_path,
-        [AdapterCallback(every=3, with_base=False)],
+        folder,
+        [callback],
         eval_strategy="steps",
         eval_steps=3,
         load_best_model_at_end=True,
@@ -553,6 +553,12 @@ def test_trainer_takes_the_best_of_checkpoints_without_the_base(bert, tmp_path):
     evaluate = trainer.evaluate
     trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_score": next(scores)}
     trainer.train()
+    return trainer
+
+
+def test_trainer_takes_the_best_of_checkpoints_without_the_base(bert, tmp_path):
+    model = patched(bert, init="zeros")
+    trained_to_a_best_third_step(model, tmp_path, AdapterCallback(every=3, with_base=False))
     best = c3a.load_adapter(classifier(bert), tmp_path / "adapter-3")
     assert_same_state(state_of(model), state_of(best))
 
@@ -633,20 +639,7 @@ def test_trainer_does_what_a_loop_does(options, settings, tolerance, tmp_path):
 
 def test_trainer_loads_the_best_model_and_saves_it(bert, tmp_path):
     model = patched(bert, init="zeros")
-    trainer = trainer_of(
-        model,
-        tmp_path,
-        [AdapterCallback(every=3)],
-        eval_strategy="steps",
-        eval_steps=3,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
-    )
-    scores = iter([2.0, 1.0])
-    evaluate = trainer.evaluate
-    trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_score": next(scores)}
-    trainer.train()
+    trainer = trained_to_a_best_third_step(model, tmp_path, AdapterCallback(every=3))
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
     best = c3a.load_pretrained(AutoModelForSequenceClassification, tmp_path / "checkpoint-3")
     assert_same_state(state_of(model), state_of(best))
